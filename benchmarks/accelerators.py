@@ -157,7 +157,7 @@ def ode(experiment: Experiment, mesh: Mesh) -> Any:
 @program
 def bound(experiment: Experiment, mesh: Mesh) -> Any:
     """A batch of the bound with uniform dequantization, control variate and density of times."""
-    same, options = sharding.replicated(mesh), experiment.config.eval
+    same, options = sharding.replicated(mesh), experiment.config.eval.bound
     dims = math.prod(experiment.shape)
     vector = jax.ShapeDtypeStruct((dims,), jnp.float32, sharding=same)
     matrix = jax.ShapeDtypeStruct((dims, dims), jnp.float32, sharding=same)
@@ -166,7 +166,7 @@ def bound(experiment: Experiment, mesh: Mesh) -> Any:
     reduction = Reduction(
         GaussianControl(vector, vector, basis) if options.control else None,
         density if options.proposal_bins else None,
-        options.proposal,
+        options.proposal_name,
     )
     return _lowered(experiment, mesh, "bound", options.n_times, reduction)
 

@@ -67,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
 
     config = runpy.run_path(args.config)["get_config"]()
-    config.eval.proposal_bins = 32
+    config.eval.bound.proposal_bins = 32
     workdir = Workdir(args.workdir)
     shared = Inputs.of_split(Trained.of(build.Experiment(config), workdir), "test")
     e, images = shared.experiment, shared.images

@@ -214,7 +214,7 @@ def evaluate_run(config: ConfigDict, workdir: Workdir) -> dict[str, list[float]]
             if cell.dequantizer == "learned" and config.score.parameterization != "levels":
                 continue
             run = cells.CellRun(shared, cell, shared.dequantization(cell.dequantizer)).measurement
-            sweeps = range(config.eval.sweeps if cell.kind.is_bound else 1)
+            sweeps = range(config.eval.bound.sweeps if cell.kind.is_bound else 1)
             rows = [run.total(run.rows(run.ids, sweep)) for sweep in sweeps]
             values[cell.name] = np.mean(rows, axis=0).tolist()
     return values
@@ -305,7 +305,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         config = runpy.run_path(args.config)["get_config"]()
         config.data.update(validation=args.validation, manual_dir=args.manual_dir)
         config.training.update(sample_every=0, keep_last=1, keep_every=0)
-        config.eval.update(split=data.VALIDATION, max_images=args.images, sweeps=args.sweeps)
+        config.eval.update(split=data.VALIDATION, max_images=args.images)
+        config.eval.bound.sweeps = args.sweeps
         if args.nf and "nf" not in config.model:
             raise ValueError(f"--nf={args.nf}: {args.config} has the network {config.model.name}")
         config.model.update({"nf": args.nf, "num_res_blocks": 1} if args.nf else {})

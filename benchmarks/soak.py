@@ -37,7 +37,7 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "sbml.main", "--config=tests/tiny.py"]
-FAST = ("--config.eval.max_images=60", "--config.eval.subset=12", "--config.eval.batch_size=12")
+FAST = ("--config.eval.max_images=60", "--config.eval.ode.subset=12", "--config.eval.batch_size=12")
 HANG = 600  # seconds
 
 

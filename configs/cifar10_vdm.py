@@ -26,5 +26,6 @@ def get_config() -> ConfigDict:
     config.eval.update(
         estimators=("bound", "ode"), dequantizers=("categorical", "truncated_normal"), tau=0.0
     )
-    config.sampling.update(sampler="ancestral", steps=1000, smallest_time=0.0)
+    config.sampling.smallest_time = 0.0
+    config.sampling.sampler.update(name="ancestral", steps=1000)
     return config

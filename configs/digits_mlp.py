@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
         batch_size=128, num_steps=2_500, log_every=100, checkpoint_every=2_500, sample_every=0
     )
     config.optim.update(lr=2e-3, warmup=200, schedule="cosine", ema=0.999, grad_clip=1 / 12)
-    config.eval.update(batch_size=90, features="digits_classifier")
+    config.eval.batch_size = 90
+    config.eval.quality.features = "digits_classifier"
     small_dequantizer(config, num_steps=500)
     return config

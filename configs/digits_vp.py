@@ -24,6 +24,8 @@ def get_config() -> ConfigDict:
     # grad_clip is below the usual norm of the gradient, so most steps are clipped. In one pair of
     # runs of another recipe, this gave .013 bits/dim less than grad_clip=1, which clips hardly any.
     config.optim.update(lr=4e-3, warmup=100, schedule="cosine", ema=0.99, grad_clip=1 / 12)
-    config.eval.update(batch_size=36, subset=36, features="digits_classifier")
+    config.eval.batch_size = 36
+    config.eval.ode.subset = 36
+    config.eval.quality.features = "digits_classifier"
     small_dequantizer(config, num_steps=500)
     return config

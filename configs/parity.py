@@ -32,7 +32,8 @@ def get_config(name: str = "cifar10_vp") -> ConfigDict:
     config.score.update(label="time", parameterization="noise")
     # In each of the 5 sweeps, the authors draw 1,000 times for an image. Here it is one time, which
     # needs a thousandth of the evaluations.
-    config.eval.update(times="iid", control=False, proposal_bins=0, n_times=1, sweeps=5, probes=1)
+    config.eval.bound.update(times="iid", control=False, proposal_bins=0, n_times=1, sweeps=5)
+    config.eval.ode.probes = 1
     config.eval.max_images = WHOLE_BATCHES.get(config.data.source, 0)
     config.dequantizer.model.clipped = True
     return config

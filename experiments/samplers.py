@@ -5,8 +5,8 @@
 In ``--out`` this writes one picture for each sampler, with a row of samples for each number of
 evaluations and the same latents in every row, and the plot ``distance.png``. It shows the Frechet
 distance of ``--images`` samples to the training images against the number of network evaluations,
-in the config's ``eval.features`` and in pixels. The features of a classifier depend on the content
-of an image, and hardly on the noise that remains after few steps.
+in the config's ``eval.quality.features`` and in pixels. The features of a classifier depend on the
+content of an image, and hardly on the noise that remains after few steps.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from sbml.evaluation import samples
 from sbml.experiment import compatibility
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config, load
-from sbml.experiment.sampling import Sampling
+from sbml.experiment.sampling import Solving
 from sbml.modes import quality
 from sbml.report.pictures import write_png
 from sbml.runtime.checkpoint import Restored
@@ -35,13 +35,14 @@ SAMPLERS = {
     "euler_maruyama": {},
     "reverse_diffusion": {},
     "ancestral": {},
-    "reverse_diffusion_corrected": {"sampler": "reverse_diffusion", "corrector": "langevin"},
+    "reverse_diffusion_corrected": {
+        "sampler": {"name": "reverse_diffusion"},
+        "corrector": {"name": "langevin"},
+    },
     "ddim": {},
     "dpm_solver": {},
-    "ode_heun": {"sampler": "ode", "method": "heun"},
+    "ode_heun": {"sampler": {"name": "ode"}, "solver": {"method": "heun"}},
 }
-# The fields of ``config.sampling`` that belong to the config's own sampler, and not to all.
-OWN = ("method", "fixed_steps", "steps", "spacing", "eta", "corrector", "corrector_steps", "snr")
 TOLERANCES = (1e-1, 1e-2, 1e-3)
 SHOWN, TEST = 12, "test images"
 MARKS = "osD^vP*X"
@@ -61,8 +62,10 @@ class Point:
 
 def with_changes(config: Config, changes: dict[str, Any]) -> Config:
     """``config`` with the sampler of ``changes``, and defaults where they set nothing."""
-    defaults = {field: getattr(Sampling(), field) for field in OWN}
-    return config.replace(sampling=config.sampling.replace(**{**defaults, **changes}))
+    own = {"method": Solving().method, "fixed_steps": 0}
+    solver = config.sampling.solver.replace(**{**own, **changes.get("solver", {})})
+    sections = {"sampler": {}, "corrector": {}, **changes, "solver": solver}
+    return config.replace(sampling=config.sampling.replace(**sections))
 
 
 def draw_samples(config: Config, restored: Restored, changes: dict[str, Any]) -> samples.Samples:
@@ -75,11 +78,13 @@ def draw_samples(config: Config, restored: Restored, changes: dict[str, Any]) ->
 
 
 def changes(name: str, steps: int) -> dict[str, Any]:
-    """The fields of ``config.sampling`` for sampler ``name`` with about ``steps`` evaluations."""
-    options: dict[str, Any] = {"sampler": name, **SAMPLERS[name]}
-    each = 2 if "corrector" in options or options.get("method") == "heun" else 1
-    field = "fixed_steps" if options["sampler"] == "ode" else "steps"
-    return {**options, field: steps // each}
+    """The sections of ``config.sampling`` for ``name`` with about ``steps`` evaluations."""
+    options: dict[str, Any] = {"sampler": {"name": name}, **SAMPLERS[name]}
+    solver = options.get("solver")
+    count = steps // 2 if solver or "corrector" in options else steps
+    if solver:
+        return {**options, "solver": {**solver, "fixed_steps": count}}
+    return {**options, "sampler": {**options["sampler"], "steps": count}}
 
 
 def main(path: str, workdir: str, out: str, images: int, steps: Sequence[int]) -> list[Point]:
@@ -115,8 +120,8 @@ def main(path: str, workdir: str, out: str, images: int, steps: Sequence[int]) -
         grid = samples.grid(experiment, np.concatenate(rows), columns=len(rows[0]))
         write_png(folder / f"{name}.png", grid)
     for tolerance in TOLERANCES:
-        options = {"sampler": "ode", "rtol": tolerance, "atol": tolerance}
-        run("ode", f"{tolerance:.0e}", options)
+        solver = {"rtol": tolerance, "atol": tolerance}
+        run("ode", f"{tolerance:.0e}", {"sampler": {"name": "ode"}, "solver": solver})
     test = experiment.images("test").images
     # A Frechet distance depends on n, so as many test images as samples are used, if possible.
     chosen = test[spread(len(test), images)]

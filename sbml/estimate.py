@@ -207,7 +207,7 @@ class Estimate:
     def unconverged(self, section: str = "") -> str:
         """What is known of the solver's error, and the remedy; "" if the numbers have converged.
 
-        ``section`` is put before the names of the settings, such as "eval." for a config.
+        ``section`` is put before the names of the settings, such as "eval.ode." for a config.
         """
         error, solver = self.solver_error, self.solver
         if solver is None or self.converged:

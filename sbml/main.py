@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from sbml import compiler, registry
 from sbml.experiment import config as configs
-from sbml.experiment import reference
+from sbml.experiment import reference, renamed
 from sbml.experiment.config import Config
 from sbml.experiment.training import Training
 from sbml.modes import GIVEN, MODES, OF_CONFIG, Mode, parameters_of
@@ -78,7 +78,10 @@ def usage() -> str:
                 *own(("--mode=MODE,...", MODE), ("--workdir=DIR", WORKDIR)),
                 *own(("--trust=NAME,...", TRUST)),
                 ("--source=PATH", "What the modes convert, compress and decompress read."),
-                ("--config.FIELD=VALUE", "A field of the config, such as --config.eval.rtol=1e-5."),
+                (
+                    "--config.FIELD=VALUE",
+                    "A field of the config, such as --config.eval.ode.rtol=1e-5.",
+                ),
             ),
             group("Modes", *modes_in_words()),
             "\n".join(["Fields of the config, by section:", *reference.overview()]),
@@ -221,7 +224,8 @@ def read_config(
 def settings(config: Config, given: Mapping[str, str]) -> str:
     """The fields that the command line sets, as they were read; empty if there are none."""
     prefix = "config."
-    names = [name.removeprefix(prefix) for name in given if name.startswith(prefix)]
+    fields = {n.removeprefix(prefix): v for n, v in given.items() if n.startswith(prefix)}
+    names = renamed.current(fields, config.sampling.sampler.name, stdlib_logging.DEBUG)
     values = flatten_dict(config.plain(), sep=".")
     each = [f"--config.{name}={notation(values[name])}" for name in names if name in values]
     return f", with {' '.join(each)}" if each else ""

@@ -32,26 +32,25 @@ def rows(x: np.ndarray) -> Iterator[np.ndarray]:
         yield np.asarray(x[start : start + step], np.float64).reshape(-1, size)
 
 
-def mean(x: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """The mean ``(d,)`` of ``x (n, *s)``; ``weights (n,)`` of the examples are equal if None."""
-    return _mean(x, weights, lambda part: part)
+def mean(
+    x: np.ndarray,
+    weights: np.ndarray | None = None,
+    of: Callable[[np.ndarray], np.ndarray] = lambda part: part,
+) -> np.ndarray:
+    """The mean ``(d,)`` of ``of``, a function of rows ``(m, d)``, at ``x (n, *s)``; ``weights
+    (n,)`` of the examples are equal if None."""
+    weights = np.ones(len(x)) if weights is None else weights
+    totals, start = [], 0
+    for part in rows(x):
+        totals.append((weights[start : start + len(part), None] * of(part)).sum(axis=0))
+        start += len(part)
+    return np.sum(totals, axis=0) / weights.sum()
 
 
 def variances(x: np.ndarray, centre: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """The variances ``(d,)`` of ``x (n, *s)`` with mean ``centre (d,)``; the divisor is n, or the
     sum of the ``weights (n,)``."""
-    return _mean(x, weights, lambda part: (part - centre) ** 2)
-
-
-def _mean(
-    x: np.ndarray, weights: np.ndarray | None, f: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
-    weights = np.ones(len(x)) if weights is None else weights
-    totals, start = [], 0
-    for part in rows(x):
-        totals.append((weights[start : start + len(part), None] * f(part)).sum(axis=0))
-        start += len(part)
-    return np.sum(totals, axis=0) / weights.sum()
+    return mean(x, weights, lambda part: (part - centre) ** 2)
 
 
 def covariance(x: np.ndarray, centre: np.ndarray) -> np.ndarray:

@@ -21,7 +21,8 @@ def config() -> ConfigDict:
     config = default()
     config.model.update(nf=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(32,))
     config.training.batch_size = 2
-    config.eval.update(batch_size=1, control=False)
+    config.eval.batch_size = 1
+    config.eval.bound.control = False
     config.sampling.batch_size = 1
     return config
 
@@ -48,7 +49,8 @@ def integer_denoiser() -> ConfigDict:
     config.data.update(dequantization="centre")
     config.score.update(parameterization="levels", label="log_snr")
     config.training.batch_size = 2
-    config.eval.update(batch_size=1, control=False, dequantizers=("learned", "truncated_normal"))
+    config.eval.update(batch_size=1, dequantizers=("learned", "truncated_normal"))
+    config.eval.bound.control = False
     config.sampling.batch_size = 1
     return config
 

@@ -16,6 +16,7 @@ from sbml import times
 from sbml.divergence import Trace
 from sbml.experiment import build
 from sbml.experiment.compatibility import unseen_times
+from sbml.experiment.config import node_of
 from sbml.main import run_name
 from sbml.modes import MODES
 from sbml.score import LABELS
@@ -166,10 +167,10 @@ def test_best_recipes_are_integer_denoisers_with_their_own_decoder(name, network
         ("eval", "dequantizers", ("uniform", "flow"), "need one or more of categorical, learned"),
         ("eval", "dequantizers", ("none",), "eval.dequantizers=none: need one or more of"),
         ("eval", "num_importance", (0,), "eval.num_importance=0: need one or more integers of"),
-        ("eval", "times", "grid", "eval.times=grid: need one of iid, lattice"),
+        ("eval.bound", "times", "grid", "eval.bound.times=grid: need one of iid, lattice"),
         ("eval", "split", "tset", "eval.split=tset: need one of test, train"),
         ("data", "levels", 1, "data.levels=1: need an integer of at least 2"),
-        ("eval", "sweeps", 0, "eval.sweeps=0: need an integer of at least 1"),
+        ("eval.bound", "sweeps", 0, "eval.bound.sweeps=0: need an integer of at least 1"),
         ("eval", "max_images", -5, "eval.max_images=-5: need an integer of at least 0"),
         ("eval", "seed", -1, "eval.seed=-1: need an integer of at least 0"),
         ("sampling", "seed", 2**32, "need an integer of at least 0 and below 2^32"),
@@ -179,8 +180,18 @@ def test_best_recipes_are_integer_denoisers_with_their_own_decoder(name, network
         ("training", "proposal_bins", -1, "training.proposal_bins=-1: need an integer"),
         ("optim", "lr", math.nan, "optim.lr=nan: need a number above 0 and at most 1"),
         ("optim", "ema", 1.5, "optim.ema=1.5: need a number of at least 0 and below 1"),
-        ("eval", "method", "rk4", "eval.method=rk4: need one of dopri5, euler, heun, tsit5"),
-        ("eval", "trace", "guess", "eval.trace=guess: need one of exact, gaussian, rademacher"),
+        (
+            "eval.ode",
+            "method",
+            "rk4",
+            "eval.ode.method=rk4: need one of dopri5, euler, heun, tsit5",
+        ),
+        (
+            "eval.ode",
+            "trace",
+            "guess",
+            "eval.ode.trace=guess: need one of exact, gaussian, rademacher",
+        ),
         ("training", "smallest_time", -0.1, "training.smallest_time=-0.1: need a number of at"),
         ("score", "label", "index", "score.label=index: need one of c_noise, log_snr"),
         (
@@ -194,7 +205,7 @@ def test_best_recipes_are_integer_denoisers_with_their_own_decoder(name, network
 )
 def test_a_wrong_value_is_named(section, field, value, message):
     config = tiny.get_config()
-    config[section][field] = value
+    node_of(config, f"{section}.{field}")[0][field] = value
     with pytest.raises(ValueError, match=re.escape(message)):
         build.Experiment(config)
 
@@ -206,9 +217,9 @@ def test_importance_names_the_proposal_of_times() -> None:
         experiment = build.Experiment(config)
         assert type(experiment.proposal) is proposal
         assert experiment.proposal.eps == experiment.adapter.eps
-    assert experiment.config.eval.proposal == "importance"
-    config.eval.update(importance="velocity", proposal_bins=0)
-    assert build.Experiment(config).config.eval.proposal == "velocity"
+    assert experiment.config.eval.bound.proposal_name == "importance"
+    config.eval.bound.update(importance="velocity", proposal_bins=0)
+    assert build.Experiment(config).config.eval.bound.proposal_name == "velocity"
     config.training.importance_sampling = False
     with pytest.raises(ValueError, match=r"training.importance=velocity with training.importance_"):
         build.Experiment(config)
@@ -230,10 +241,12 @@ def test_the_table_of_an_evaluation():
     config.eval.update(estimators=("ode", "bound,ode"), num_importance=(1, 20, 1))
     assert build.Experiment(config).config.eval.cells() == twice
     assert "expectation" in cells["bound_uniform_k20"] and "density" in cells["ode_categorical"]
-    config.eval.update(estimators=("ode",), num_importance=(1,), target_se=1e-3)
-    with pytest.raises(ValueError, match=r"eval.target_se=0.001: only a bound is swept"):
+    config.eval.update(estimators=("ode",), num_importance=(1,))
+    config.eval.bound.target_se = 1e-3
+    with pytest.raises(ValueError, match=r"eval.bound.target_se=0.001: only a bound is swept"):
         build.Experiment(config)
-    config.eval.update(estimators=("bound",), num_importance=(20,), target_se=0.0)
+    config.eval.update(estimators=("bound",), num_importance=(20,))
+    config.eval.bound.target_se = 0.0
     with pytest.raises(ValueError, match="no number to compute: bound_uniform_k20"):
         build.Experiment(config)
 
@@ -241,12 +254,12 @@ def test_the_table_of_an_evaluation():
 def test_hutchinson_with_several_samples_is_refused_with_the_reason():
     config = tiny.get_config()
     config.eval.num_importance = (1, 20)
-    assert build.Experiment(config).config.eval.divergence(20).kind == "exact"
-    assert build.Experiment(config).config.eval.divergence(1) == Trace("rademacher", 2)
-    before = build.Experiment(config).config.eval.divergence(20)
-    config.eval.probes = 3  # An exact trace has no probes, so its rows are the same.
-    assert build.Experiment(config).config.eval.divergence(20) == before
-    config.eval.trace = "rademacher"
+    assert build.Experiment(config).config.eval.ode.divergence(20).kind == "exact"
+    assert build.Experiment(config).config.eval.ode.divergence(1) == Trace("rademacher", 2)
+    before = build.Experiment(config).config.eval.ode.divergence(20)
+    config.eval.ode.probes = 3  # An exact trace has no probes, so its rows are the same.
+    assert build.Experiment(config).config.eval.ode.divergence(20) == before
+    config.eval.ode.trace = "rademacher"
     with pytest.raises(ValueError, match="would make the model look better than it is"):
         build.Experiment(config)
 
@@ -353,10 +366,18 @@ def test_parity_changes_any_config_to_the_authors() -> None:
         **{"times": "iid", "noises": "independent", "proposal_bins": 0},
     }
     assert (config.score.label, config.score.parameterization) == ("time", "noise")
-    assert (config.eval.control, config.eval.proposal_bins, config.eval.n_times) == (False, 0, 1)
+    assert (
+        config.eval.bound.control,
+        config.eval.bound.proposal_bins,
+        config.eval.bound.n_times,
+    ) == (False, 0, 1)
     assert config.data.dequantization == "none" and config.eval.max_images == 9_216
     assert not config.eval.in_order
-    assert (config.eval.times, config.eval.sweeps, config.eval.probes) == ("iid", 5, 1)
+    assert (config.eval.bound.times, config.eval.bound.sweeps, config.eval.ode.probes) == (
+        "iid",
+        5,
+        1,
+    )
     assert config.dequantizer.model.clipped
     for path in CONFIGS:
         if path.stem not in ("parity", "best", "cifar10_vdm"):

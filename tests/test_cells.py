@@ -37,27 +37,31 @@ def test_a_network_in_half_precision_is_refused_before_any_row(trained, tmp_path
     monkeypatch.setattr(score.NetworkScore, "__call__", rounded)
     with pytest.raises(ValueError, match="the score computes in float16, .* compute it in float32"):
         cell_run(trained, tmp_path, ODE)
-    cell_run(trained, tmp_path, BOUND, proposal_bins=0)
+    cell_run(trained, tmp_path, BOUND, bound={"proposal_bins": 0})
 
 
 @pytest.mark.slow
 def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
     """The default is within its budget. At a loose tolerance, the reported error is the difference
     from a finer solve, and the result is marked as not converged."""
-    few = {"subset": 16, "max_images": 16, "batch_size": 16}
-    tight = cell_run(trained, tmp_path, ODE, **few).finish()
+
+    def solved(**ode):
+        few = {"max_images": 16, "batch_size": 16, "ode": {"subset": 16, **ode}}
+        return cell_run(trained, tmp_path, ODE, **few)
+
+    tight = solved().finish()
     assert tight.converged and abs(tight.solver_error.mean) < 3e-5
     assert 0 < tight.prior_error.mean < tight.prior_error.each < 1e-3
-    run = cell_run(trained, tmp_path, ODE, rtol=0.1, atol=0.1, solver_budget=1e-5, **few)
+    run = solved(rtol=0.1, atol=0.1, solver_budget=1e-5)
     result = run.finish()
-    finer = cell_run(trained, tmp_path, ODE, rtol=2e-5, atol=2e-5, **few)
+    finer = solved(rtol=2e-5, atol=2e-5)
     error = np.mean(result.values - numbers(finer, run.measurement.ids))
     assert result.solver_error.mean == pytest.approx(error) and abs(error) > 1e-5
     assert not result.converged
     (warning,) = (w for w in run.warnings(result) if "NOT CONVERGED" in w)
     shown = notation(result.solver_error.mean, ".3g")
     assert f"NOT CONVERGED: the solver's error is {shown} +-" in warning
-    assert warning.endswith("above the budget 1e-5; lower eval.rtol and eval.atol")
+    assert warning.endswith("above the budget 1e-5; lower eval.ode.rtol and eval.ode.atol")
 
 
 @pytest.mark.parametrize(("size", "converged"), [(4e-3, False), (1e-4, True)])
@@ -79,17 +83,17 @@ def test_a_number_outside_the_subset_that_is_not_finite_has_not_converged():
 
 @pytest.mark.slow
 def test_eight_euler_steps_are_refused(trained, tmp_path):
-    fields = {"subset": 8, "batch_size": 16, "method": "euler", "fixed_steps": 8}
-    run = cell_run(trained, tmp_path, ODE, **fields)
+    ode = {"subset": 8, "method": "euler", "fixed_steps": 8}
+    run = cell_run(trained, tmp_path, ODE, batch_size=16, ode=ode)
     refused = "8 euler steps are refused: the solver's error is .* above the budget 0.001 .*"
-    refused += "eval.fixed_steps=0 and eval.method=tsit5"
+    refused += "eval.ode.fixed_steps=0 and eval.ode.method=tsit5"
     with pytest.raises(ValueError, match=refused):
         run.finish()
 
 
 @pytest.mark.slow
 def test_noise_of_an_ode_cell_is_measured_by_a_second_draw_of_a_subset(trained, tmp_path):
-    run = cell_run(trained, tmp_path, ODE, max_images=40, subset=8, batch_size=16)
+    run = cell_run(trained, tmp_path, ODE, max_images=40, batch_size=16, ode={"subset": 8})
     result = run.finish()
     one, other = (numbers(run, run.measurement.subset, draw) for draw in (0, 1))
     variance = np.mean((one - other) ** 2) / 2  # The variance of one image's noise.
@@ -109,14 +113,14 @@ def test_noise_of_an_ode_cell_is_measured_by_a_second_draw_of_a_subset(trained, 
 def test_times_with_heavy_weights_are_warned_of_and_the_defaults_are_not(trained, tmp_path):
     """In the line of the terminal, and in the warnings and the row of the report."""
     for fields in ({}, {"importance": "velocity", "proposal_bins": 0}):
-        few = {"max_images": 40, "batch_size": 16, "sweeps": 3, **fields}
+        few = {"max_images": 40, "batch_size": 16, "bound": {"sweeps": 3, **fields}}
         run = cell_run(trained, tmp_path, BOUND, **few)
         number = run.finish()
         result, warnings = run.result(number), run.warnings(number)
         warnings = [w for w in warnings if "HEAVY TAILS" in w]
         assert bool(fields) == ("HEAVY TAILS" in result.line) == bool(warnings)
         assert (result.plain()["tail"] > 0.7) == bool(fields)
-    assert "use the defaults of eval.importance and " in warnings[0]
+    assert "use the defaults of eval.bound.importance and " in warnings[0]
 
 
 @pytest.mark.slow
@@ -135,14 +139,15 @@ def test_another_seed_has_other_draws(trained, tmp_path):
     [
         (ODE, "seed", 1),
         (ODE, "smallest_time", 2e-3),
-        (ODE, "rtol", 1e-3),
-        (BOUND, "n_times", 3),
-        (BOUND, "times", "iid"),
+        (ODE, "ode", {"rtol": 1e-3}),
+        (BOUND, "bound", {"n_times": 3}),
+        (BOUND, "bound", {"times": "iid"}),
     ],
 )
 def test_rows_of_another_setting_are_not_taken(trained, tmp_path, cell, field, value):
     def identity(**fields):
-        run = cell_run(trained, tmp_path, cell, proposal_bins=0, **fields)
+        bound = {"proposal_bins": 0, **fields.pop("bound", {})}
+        run = cell_run(trained, tmp_path, cell, bound=bound, **fields)
         return run.measurement.fingerprint()
 
     assert identity(**{field: value}) != identity()
@@ -151,13 +156,13 @@ def test_rows_of_another_setting_are_not_taken(trained, tmp_path, cell, field, v
 def with_levels():
     config = tiny.get_config()
     config.score.parameterization = "levels"
-    config.eval.update(control=False, proposal_bins=0)
+    config.eval.bound.update(control=False, proposal_bins=0)
     return config
 
 
 @pytest.mark.slow
 def test_rows_of_other_images_or_parameters_are_not_taken(trained, tmp_path):
-    run = cell_run(trained, tmp_path, BOUND, control=False, proposal_bins=0)
+    run = cell_run(trained, tmp_path, BOUND, bound={"control": False, "proposal_bins": 0})
     shared, identity = run.shared, run.measurement.fingerprint()
     state = shared.restored.state
     moved = state.replace(ema_params=jax.tree.map(lambda a: a + 1, state.ema_params))
@@ -217,7 +222,7 @@ def test_the_bar_shows_the_mean_of_all_rows_so_far(trained, tmp_path, monkeypatc
         update(bar, n, text)
         shown.append((bar.name, text))
 
-    few = {"batch_size": 16, "max_images": 40, "sweeps": sweeps}
+    few = {"batch_size": 16, "max_images": 40, "bound": {"sweeps": sweeps}}
     numbers(cell_run(trained, tmp_path, cell, **few | {"max_images": 10}), np.arange(10))
     run = cell_run(trained, tmp_path, cell, **few)
     known = np.intersect1d(run.measurement.ids, np.arange(10))
@@ -248,16 +253,17 @@ def test_sweeps_draw_times_of_their_own(trained, tmp_path):
 
 @pytest.mark.slow
 def test_target_se_sweeps_until_it_is_reached(trained, tmp_path):
-    first = cell_run(trained, tmp_path, BOUND, sweeps=3)
+    first = cell_run(trained, tmp_path, BOUND, bound={"sweeps": 3})
     target = first.finish().this_set.stderr / 1.5
-    more = cell_run(trained, tmp_path, BOUND, sweeps=3, target_se=target).finish()
+    more = cell_run(trained, tmp_path, BOUND, bound={"sweeps": 3, "target_se": target}).finish()
     assert more.sweeps > 3 and more.this_set.stderr <= target
     means = [numbers(first, np.arange(360), r).mean() for r in range(more.sweeps)]
     assert more.this_set.stderr == pytest.approx(stats.sem(means))
     half = stats.t.ppf(0.975, len(means) - 1) * stats.sem(means)
     assert more.this_set_ci95 == pytest.approx(half)
     assert more.values.mean() == pytest.approx(np.mean(means))
-    short = cell_run(trained, tmp_path, BOUND, sweeps=3, max_sweeps=4, target_se=1e-9)
+    bound = {"sweeps": 3, "max_sweeps": 4, "target_se": 1e-9}
+    short = cell_run(trained, tmp_path, BOUND, bound=bound)
     few = short.finish()
     (warning,) = short.warnings(few)
     assert few.sweeps == 4 and "after 4 sweeps" in warning and "target_se=1e-9" in warning
@@ -265,6 +271,7 @@ def test_target_se_sweeps_until_it_is_reached(trained, tmp_path):
 
 @pytest.mark.slow
 def test_a_target_is_not_judged_by_few_sweeps(trained, tmp_path):
-    run = cell_run(trained, tmp_path, BOUND, sweeps=1, target_se=1.0, max_images=20, batch_size=16)
+    bound = {"sweeps": 1, "target_se": 1.0}
+    run = cell_run(trained, tmp_path, BOUND, max_images=20, batch_size=16, bound=bound)
     result = run.finish()
     assert result.sweeps == 8 and 0 < result.this_set.stderr < 10

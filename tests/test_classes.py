@@ -26,9 +26,12 @@ from sbml.runtime.workdir import EVALUATION, Workdir
 def config():
     made = tiny.get_config()
     made.model.classes = 10
-    made.eval.update(max_images=12, classifier_images=8, batch_size=16, subset=4, sweeps=2)
-    made.eval.update(control=False, proposal_bins=0)
-    made.sampling.update(num_images=20, sampler="ddim", steps=3)
+    made.eval.update(max_images=12, classifier_images=8, batch_size=16)
+    made.eval.ode.subset = 4
+    made.eval.bound.sweeps = 2
+    made.eval.bound.update(control=False, proposal_bins=0)
+    made.sampling.num_images = 20
+    made.sampling.sampler.update(name="ddim", steps=3)
     return made
 
 
@@ -112,8 +115,8 @@ def test_an_evaluation_has_bits_per_dim_given_the_label_and_the_classifier(train
     labels = experiment.labels(images)
     density = Density(
         *(experiment.exact_adapter(params), experiment.sde, experiment.shape),
-        **{"levels": 17, "eps": experiment.eval_eps, "solver": experiment.config.eval.solver()},
-        trace=experiment.config.eval.divergence(),
+        **{"levels": 17, "eps": experiment.eval_eps, "solver": experiment.config.eval.ode.build()},
+        trace=experiment.config.eval.ode.divergence(),
     )
     ids = np.sort(np.random.RandomState(0).permutation(360)[:8])
     assert set(ids) <= set(table["id"]) and len(table["id"]) == 12
@@ -207,7 +210,7 @@ def test_without_training_images_of_a_class_there_is_no_classifier(trained, monk
         if split != "train":
             return images
         kept = images.labels != "9"
-        return dataclasses.replace(images, images=images.images[kept], labels=images.labels[kept])
+        return dataclasses.replace(images, array=images.images[kept], labels=images.labels[kept])
 
     before = Workdir(trained).read(EVALUATION)
     monkeypatch.setattr(build.Experiment, "images", fewer)

@@ -130,7 +130,8 @@ def test_warnings_are_logged_before_the_images_are_evaluated(
 ):
     config = tiny.get_config()
     (tmp_path / "checkpoints").symlink_to(digits_model / "checkpoints")
-    config.eval.update(max_images=2, subset=2, estimators=("ode",), smallest_time=1e-9)
+    config.eval.update(max_images=2, estimators=("ode",), smallest_time=1e-9)
+    config.eval.ode.subset = 2
 
     def stop(*_):
         raise KeyboardInterrupt

@@ -48,7 +48,7 @@ def _fill(tree: dict[str, Any], name: str, value: float) -> None:
             tree[key] = np.full_like(leaf, value)
 
 
-def save(folder: Path, tree: dict[str, Any], step: int = 19, kind: str = score_flow.SCORE) -> Path:
+def save(folder: Path, tree: dict[str, Any], step: int = 19, kind: str = "checkpoints") -> Path:
     (folder / kind).mkdir(parents=True, exist_ok=True)
     (folder / kind / f"checkpoint_{step}").write_bytes(serialization.msgpack_serialize(tree))
     return folder
@@ -66,7 +66,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     older = theirs()
     older["step"] = 1
     save(save(source, theirs()), older, step=2)
-    (source / score_flow.SCORE / "checkpoints-meta").write_bytes(b"not a checkpoint")
+    (source / "checkpoints" / "checkpoints-meta").write_bytes(b"not a checkpoint")
     runs.mode(convert.run, config(), workdir, source)
     return workdir
 
@@ -279,14 +279,9 @@ def traced_once() -> Iterator[None]:
     ("change", "nearest"),
     [
         (
-            lambda p: p.pop("ResnetBlockBigGANpp_5"),
-            "missing: ResnetBlockBigGANpp_5/Conv_0/bias (32,)",
-        ),
-        (
             lambda p: p["ResnetBlockBigGANpp_2"]["Conv_0"].update(kernel=np.zeros((3, 3, 16, 7))),
             "misshapen: ResnetBlockBigGANpp_2/Conv_0/kernel is (3, 3, 16, 7)",
         ),
-        (lambda p: p["Conv_0"].pop("kernel"), "missing: Conv_0/kernel (3, 3, 3, 16)"),
         (lambda p: p["AttnBlockpp_0"].pop("NIN_0"), "missing: AttnBlockpp_0/NIN_0/W"),
         (lambda p: p.pop("Dense_0"), "missing: Dense_0/bias (64,)"),
     ],
@@ -340,7 +335,7 @@ def test_errors_for_sources_that_are_no_checkpoint(tmp_path: Path) -> None:
         runs.mode(convert.run, config(), tmp_path, None)
     with pytest.raises(ValueError, match=r"no checkpoint_N or ckpt-N.flax in"):
         runs.mode(convert.run, config(), tmp_path, tmp_path)
-    folder = tmp_path / score_flow.SCORE
+    folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / "checkpoint_3").write_bytes(b"\x93\x01")
     with pytest.raises(ValueError, match="checkpoint_3 cannot be read as a flax msgpack file"):
@@ -414,7 +409,7 @@ def test_the_dequantizer_is_converted_with_the_score(
     assert restored.metadata["score"]["step"] == score.step
     printed = capsys.readouterr().out
     assert "dequantizer.model.heads=2" in printed and "model.attn_resolutions=[" in printed
-    for found, kind in ((score, score_flow.SCORE), (restored, score_flow.DEQUANTIZER)):
+    for found, kind in ((score, "checkpoints"), (restored, score_flow.DEQUANTIZER)):
         origin = found.metadata["converted_from"]
         assert origin["step"] == found.step and kind in origin["file"]
         sha256 = hashlib.sha256(Path(origin["file"]).read_bytes()).hexdigest()

@@ -313,8 +313,9 @@ def test_bits_per_dim_are_those_of_the_original_units_by_the_change_of_variables
     chosen = config()
     chosen.data.update(path=str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"))
     # Steps of equal times are the same in both units, whatever their error is.
-    chosen.eval.update(fixed_steps=16, solver_budget=1.0)
-    chosen.eval.update(estimators=("ode",), trace="exact", subset=1, batch_size=2)
+    chosen.eval.ode.update(fixed_steps=16, solver_budget=1.0)
+    chosen.eval.update(estimators=("ode",), batch_size=2)
+    chosen.eval.ode.update(trace="exact", subset=1)
     runs.mode(evaluate.run, runs.fitted(chosen, converted), converted)
     found = read_npz(converted / "per_image.npz")["ode_uniform_bits_per_dim"]
 

@@ -141,8 +141,9 @@ def test_an_evaluation_without_flags_is_their_bound(
     chosen.data.update(path=str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"))
     headline = (chosen.eval.estimators[0], chosen.eval.dequantizers[0])
     # Only the first cell of the table, without variance reduction, which would need other draws.
-    chosen.eval.update(estimators=headline[:1], dequantizers=headline[1:], sweeps=2, batch_size=4)
-    chosen.eval.update(control=False, proposal_bins=0)
+    chosen.eval.update(estimators=headline[:1], dequantizers=headline[1:], batch_size=4)
+    chosen.eval.bound.sweeps = 2
+    chosen.eval.bound.update(control=False, proposal_bins=0)
     runs.mode(evaluate.run, runs.fitted(chosen, converted), converted)
     table = read_npz(converted / "per_image.npz")
     for i in range(4):
@@ -231,7 +232,7 @@ def change(tree: dict[str, Any], path: str, leaf: Any) -> None:
         ("score_model/conv_in/kernel", np.zeros((3, 3, 9, 32)), "reads 9 channels.*3 or 15"),
         ("score_model/conv_out/kernel", np.zeros((3, 3, 32, 1)), "images with 1 channels"),
         ("gamma/w", None, r"gamma has \['b'\]: VDM's schedules have w, b or l1, l2, l3"),
-        ("score_model", None, r"no score_model in ema_params, which has \['gamma'\]"),
+        ("score_model", None, r"training state of VDM's code: no 'score_model' in \['ema_params'"),
     ],
 )
 def test_what_does_not_fit_is_named_before_anything_is_written(

@@ -19,7 +19,7 @@ from pictures import numbered, pixels, save
 from PIL import Image
 
 from sbml import data
-from sbml.data import _cache, photos
+from sbml.data import _cache, imagenet32, photos
 
 # All sources of images
 IMAGES = [name for name, source in data.SOURCES.items() if not source.modes]
@@ -42,7 +42,8 @@ def options(tmp_path: Path) -> data.Options:
 
 def full_name(source: str) -> str:
     found = data.SOURCES[source]
-    return f"{source}:{getattr(found, 'sets', ('tiny',))[0]}" if found.collection else source
+    name = next(iter(imagenet32.ARCHIVES)) if source == "imagenet32" else "tiny"
+    return f"{source}:{name}" if found.collection else source
 
 
 @pytest.mark.parametrize("source", IMAGES)
@@ -132,7 +133,7 @@ def test_fingerprint_tells_sets_apart() -> None:
     images = numbered(700, shape=(16, 16, 3))
     one_byte = images.images.copy()
     one_byte[-1, -1, -1, -1] ^= 1
-    others = [dataclasses.replace(images, images=one_byte), dataclasses.replace(images, levels=255)]
+    others = [dataclasses.replace(images, array=one_byte), dataclasses.replace(images, levels=255)]
     others += [dataclasses.replace(images, **{k: "x"}) for k in ("name", "version", "split")]
     ids = [s.fingerprint["id"] for s in (images, *others)]
     assert len(set(ids)) == len(ids)

@@ -12,7 +12,7 @@ from test_data import full_name
 
 from sbml import data
 from sbml.data import _cache
-from sbml.data._image_set import held_out, part
+from sbml.data._examples import held_out, part
 from sbml.experiment import build, compatibility
 from sbml.modes import train
 

@@ -100,10 +100,10 @@ def test_the_remedy_is_the_one_that_fits(found: Estimate, known: str, remedy: st
     assert known in said and f"NOT CONVERGED: {said}" in str(found)
     remedies = (LOWER, STEPS, MORE, NOT_FINITE, ROUNDING, "raise fixed_steps", "raise rtol")
     assert [each for each in remedies if each in said] == [r for r in remedies if r in remedy]
-    in_a_config = found.unconverged("eval.")
+    in_a_config = found.unconverged("eval.ode.")
     for name in ("rtol", "max_steps", "subset", "fixed_steps"):
         for verb in ("raise", "lower"):
-            assert (f"{verb} {name}" in said) == (f"{verb} eval.{name}" in in_a_config)
+            assert (f"{verb} {name}" in said) == (f"{verb} eval.ode.{name}" in in_a_config)
             assert f"{verb} {name}" not in in_a_config
 
 
@@ -155,7 +155,7 @@ def test_outliers_are_named_by_the_same_line_in_density_and_in_an_evaluation(
     origin = {"dequantizer": "uniform", "num_importance": 1, "data": "digits", "split": "test"}
     origin |= {"split_size": 40, "trace": None, "dequantizer_step": None}
     result = Result.of(found, np.arange(100, 140), estimator="bound", **origin)
-    warned = found.warnings("eval.", [f"n{i}" for i in range(40)])
+    warned = found.warnings("eval.bound.", [f"n{i}" for i in range(40)])
     assert line.replace(names, ", ".join(f"n{name}" for name in names.split(", "))) in warned
     assert result.plain()["without_outliers"] == pytest.approx(kept.mean())
     assert result.median == median

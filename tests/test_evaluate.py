@@ -59,8 +59,9 @@ def test_the_gap_to_training_images_is_in_the_report(trained, tmp_path):
     """And so is the loss at each noise level, whose integral is the diffusion term."""
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
     config = tiny.get_config()
-    config.eval.update(max_images=40, sweeps=2, estimators=("bound",), level_images=64)
-    config.eval.proposal_bins = 0
+    config.eval.update(max_images=40, estimators=("bound",))
+    config.eval.bound.update(sweeps=2, level_images=64)
+    config.eval.bound.proposal_bins = 0
     runs.mode(evaluate.run, config, tmp_path)
     before = read_json(tmp_path / EVALUATION)
     assert (
@@ -71,7 +72,8 @@ def test_the_gap_to_training_images_is_in_the_report(trained, tmp_path):
     stderr = np.sqrt(np.sum((width * levels["split_stderr"]) ** 2))
     diffusion = before["results"][0]["terms"]["diffusion"]
     assert width.min() > 0 and abs(width @ levels["split"] - diffusion) < 5 * stderr < 1.5
-    config.eval.update(split="train", max_images=30, level_images=0)
+    config.eval.update(split="train", max_images=30)
+    config.eval.bound.level_images = 0
     runs.mode(evaluate.run, config, tmp_path)
     assert read_json(tmp_path / EVALUATION) == before
     (row,) = json.loads((tmp_path / "report.json").read_text())["gap"]["rows"]
@@ -107,9 +109,8 @@ def test_evaluations_of_all_sweeps_count(table):
 @pytest.mark.slow
 def test_bound_without_control_or_lattice_has_the_same_mean(trained, table, tmp_path):
     """Independent times and no control variate estimate the same expectation, less precisely."""
-    run = cell_run(
-        trained, tmp_path, BOUND, control=False, proposal_bins=0, times="iid", n_times=64, seed=1
-    )
+    bound = {"control": False, "proposal_bins": 0, "times": "iid", "n_times": 64}
+    run = cell_run(trained, tmp_path, BOUND, seed=1, bound=bound)
     gap = numbers(run, np.arange(360), 0) - table["bound_uniform_bits_per_dim"]
     assert abs(gap.mean()) < 4 * gap.std() / np.sqrt(len(gap))
     assert abs(gap.mean()) < 0.1
@@ -206,7 +207,7 @@ def test_evaluated_images_that_the_training_had_give_a_warning(trained, tmp_path
     pixels, train = shared.images.images.copy(), shared.train.images
     for count in (0, 2):
         pixels[:count] = train[7]
-        images = dataclasses.replace(shared.images, images=pixels)
+        images = dataclasses.replace(shared.images, array=pixels)
         warnings = cautions(dataclasses.replace(shared, images=images), {})
         found = [w for w in warnings if "among those of the training" in w]
         assert [w.split(" are ")[0] for w in found] == [f"2 of {len(images)} images (test)"][:count]
@@ -231,10 +232,13 @@ def test_the_config_chooses_the_distribution_of_times(trained, tmp_path):
         ({"importance_sampling": False}, "uniform"),
         ({"importance": "velocity"}, "velocity"),
     ):
-        run = cell_run(trained, tmp_path, BOUND, control=False, proposal_bins=0, **fields)
+        bound = {"control": False, "proposal_bins": 0, **fields}
+        run = cell_run(trained, tmp_path, BOUND, bound=bound)
         assert run.measurement.estimator.reduction.proposal == proposal
-    with pytest.raises(ValueError, match="importance_sampling=False with eval.proposal_bins=32"):
-        cell_run(trained, tmp_path, BOUND, importance_sampling=False, proposal_bins=32)
+    with pytest.raises(
+        ValueError, match="importance_sampling=False with eval.bound.proposal_bins=32"
+    ):
+        cell_run(trained, tmp_path, BOUND, bound={"importance_sampling": False})
 
 
 def test_fewer_images_are_a_random_sample_and_part_of_any_larger_one(trained, tmp_path):
@@ -270,7 +274,8 @@ def test_control_and_density_are_stored_with_the_evaluation(trained, tmp_path, m
 def test_a_bound_without_a_control_variate_fits_none(trained, tmp_path):
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
     config = tiny.get_config()
-    config.eval.update(max_images=2, sweeps=1, estimators=("bound_ssm",))
+    config.eval.update(max_images=2, estimators=("bound_ssm",))
+    config.eval.bound.sweeps = 1
     runs.mode(evaluate.run, config, tmp_path)
     assert not list((tmp_path / "eval").glob("control_*"))
     assert not list((tmp_path / "eval").glob("pilot_*"))
@@ -303,7 +308,9 @@ def test_the_report_tells_how_its_model_was_trained(trained, tmp_path):
     config = tiny.get_config()
     config.training.update(likelihood_weighting=False, importance_sampling=False)
     config.update({"optim": {"lr": 1.0}, "data": {"dequantization": "none"}})
-    config.eval.update(max_images=2, subset=2, sweeps=1, estimators=("bound",))
+    config.eval.update(max_images=2, estimators=("bound",))
+    config.eval.ode.subset = 2
+    config.eval.bound.sweeps = 1
     runs.mode(evaluate.run, config, tmp_path)
     report, ours = json.loads((tmp_path / "report.json").read_text()), tiny.get_config()
     stored = report["config"]
@@ -344,7 +351,7 @@ def test_products_have_full_precision_by_default(trained, tmp_path, monkeypatch)
 def test_an_exact_trace_takes_few_images_at_once(trained, tmp_path):
     """Each image has 64 directions, so a batch has at most 32 images. Rows do not depend on it."""
     sizes = [
-        cell_run(trained, tmp_path, cell, trace=trace).measurement.batch_size
+        cell_run(trained, tmp_path, cell, ode={"trace": trace}).measurement.batch_size
         for cell in (ODE, BOUND)
         for trace in ("exact", "rademacher")
     ]
@@ -383,7 +390,9 @@ def test_every_cell_of_the_table_from_one_checkpoint(trained, tmp_path):
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
     config = tiny.get_config()
     config.eval.dequantizers = ("truncated_normal", "categorical")
-    config.eval.update(max_images=40, subset=8, sweeps=3)
+    config.eval.max_images = 40
+    config.eval.ode.subset = 8
+    config.eval.bound.sweeps = 3
     runs.mode(evaluate.run, config, tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
     names = [(r["estimator"], r["dequantizer"]) for r in report["results"]]

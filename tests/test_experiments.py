@@ -16,7 +16,7 @@ from sbml.networks import mlp
 from sbml.ode import Solver
 from sbml.report.result import Result, strict
 
-FEATURES = '    config.eval.features = "digits_classifier"\n'
+FEATURES = '    config.eval.quality.features = "digits_classifier"\n'
 
 
 def evaluation(
@@ -144,7 +144,7 @@ def test_toy2d(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_the_settings_of_a_configs_own_sampler_are_not_those_of_others(name: str) -> None:
     config = tiny.get_config()
-    config.sampling.update(sampler="ddim", steps=1000, eta=0.5, spacing="log_snr")
+    config.sampling.sampler.update(name="ddim", steps=1000, eta=0.5, spacing="log_snr")
     changed = samplers.with_changes(runs.checked(config), samplers.changes(name, 20))
     sampler = changed.sampling.build()
     assert sampler.solver.fixed_steps == 10 if name == "ode_heun" else sampler.nfe == 20

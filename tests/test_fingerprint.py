@@ -101,35 +101,51 @@ OF_BOTH = {
     *("sde.beta_min", "sde.data_scale", "sde.data_shift", "training.smallest_time"),
 }
 OF_ROWS = OF_BOTH | {
-    *("eval.atol", "eval.control", "eval.fixed_steps", "eval.importance"),
-    *("eval.importance_sampling", "eval.max_steps", "eval.method", "eval.n_times"),
-    *("eval.precision", "eval.probes", "eval.proposal_bins", "eval.rtol", "eval.seed"),
-    *("eval.smallest_time", "eval.times", "eval.trace"),
+    *("eval.ode.atol", "eval.bound.control", "eval.ode.fixed_steps", "eval.bound.importance"),
+    *(
+        "eval.bound.importance_sampling",
+        "eval.ode.max_steps",
+        "eval.ode.method",
+        "eval.bound.n_times",
+    ),
+    *(
+        "eval.precision",
+        "eval.ode.probes",
+        "eval.bound.proposal_bins",
+        "eval.ode.rtol",
+        "eval.seed",
+    ),
+    *("eval.smallest_time", "eval.bound.times", "eval.ode.trace"),
 }
 OF_SAMPLES = OF_BOTH | {
     *(
         "data.dequantization",
         "model.dtype",
-        "sampling.atol",
+        "sampling.solver.atol",
         "sampling.denoise_last",
-        "sampling.fixed_steps",
+        "sampling.solver.fixed_steps",
     ),
-    *("sampling.max_steps", "sampling.method", "sampling.rtol", "sampling.sampler"),
+    *(
+        "sampling.solver.max_steps",
+        "sampling.solver.method",
+        "sampling.solver.rtol",
+        "sampling.sampler.name",
+    ),
     *("sampling.seed", "sampling.smallest_time"),
 }
 # Values of fields whose next number would not be valid.
 OTHERS = {
     "data.crop": "random",
     "data.dequantization": "none",
-    "eval.importance": "velocity",
-    "eval.method": "heun",
+    "eval.bound.importance": "velocity",
+    "eval.ode.method": "heun",
     "eval.precision": "high",
     "eval.smallest_time": 1e-3,
-    "eval.times": "iid",
-    "eval.trace": "exact",
+    "eval.bound.times": "iid",
+    "eval.ode.trace": "exact",
     "model.dtype": "bfloat16",
-    "sampling.method": "tsit5",
-    "sampling.sampler": "ancestral",
+    "sampling.solver.method": "tsit5",
+    "sampling.sampler.name": "ancestral",
     "sampling.smallest_time": 2e-3,
     "score.label": "time",
     "score.log_snr_range": (-4.0, 13.3),
@@ -154,7 +170,7 @@ def other(name, value):
 def test_the_fields_of_a_config_that_change_rows_and_samples(digits_model, tmp_path):
     """All other fields can be changed, and the stored rows are used again."""
     config = tiny.get_config()
-    config.eval.update(control=False, proposal_bins=0)
+    config.eval.bound.update(control=False, proposal_bins=0)
     plain = Config(**config.to_dict())
     restored = build.Experiment(plain).restore(digits_model)
     images, train = (build.Experiment(plain).images(split) for split in ("test", "train"))

@@ -116,8 +116,8 @@ def test_a_model_of_digits_reconstructs(digits_model: Path, tmp_path: Path) -> N
     assert stored["latent"].shape == (3, 8, 8, 1) and stored["id"].tolist() == [0, 179, 359]
     assert stored["reconstruction_error"].max() < 1e-2
     experiment = Experiment(config)  # Latents use a ten times smaller tolerance.
-    solver = experiment.config.eval.solver().tighter(10)
-    assert solver.rtol == pytest.approx(config.eval.rtol / 10)
+    solver = experiment.config.eval.ode.build().tighter(10)
+    assert solver.rtol == pytest.approx(config.eval.ode.rtol / 10)
     score = experiment.adapter(experiment.restore(tmp_path).state.ema_params)
     images = experiment.images("test")
     x = bits.to_model(jnp.asarray(images.images[stored["id"]]), 0.5, images.levels)
@@ -126,8 +126,8 @@ def test_a_model_of_digits_reconstructs(digits_model: Path, tmp_path: Path) -> N
     for name, cells in (("reconstruction", 3), ("interpolation", 4), ("inpainting", 6)):
         assert Image.open(tmp_path / f"{name}.png").width == cells * 66 - 2
     assert not (tmp_path / "colourisation.png").exists()
-    config.eval.update(method="heun", fixed_steps=3)
-    assert Experiment(config).config.eval.solver().tighter(10).fixed_steps == 30
+    config.eval.ode.update(method="heun", fixed_steps=3)
+    assert Experiment(config).config.eval.ode.build().tighter(10).fixed_steps == 30
     for field, value in (("count", 1), ("frames", 0), ("steps", 0), ("corrector_steps", 0)):
         with pytest.raises(ValueError, match=f"latents.{field}={value}: need an integer of"):
             runs.mode(latents.run, tiny_with(**{field: value}), tmp_path)

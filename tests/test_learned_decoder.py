@@ -25,12 +25,9 @@ def config():
     config.score.parameterization = "levels"
     # At tau=1, a decoder that takes the nearest level is wrong for every third pixel.
     config.eval.update(
-        estimators=("bound",),
-        dequantizers=("learned", "categorical"),
-        max_images=IMAGES,
-        sweeps=SWEEPS,
-        tau=1.0,
+        estimators=("bound",), dequantizers=("learned", "categorical"), max_images=IMAGES, tau=1.0
     )
+    config.eval.bound.sweeps = SWEEPS
     return config
 
 

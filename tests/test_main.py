@@ -57,7 +57,7 @@ def test_text_of_the_command_line_is_read_by_the_type_of_the_field() -> None:
         "data.flip": "true",
         "eval.estimators": "ode, bound_ssm",
         "eval.num_importance": "1,20",
-        "eval.trace": "None",
+        "eval.ode.trace": "None",
         "eval.smallest_time": "1e-4",
         "data.path": "12",
         "sde.beta_max": "30",
@@ -70,7 +70,7 @@ def test_text_of_the_command_line_is_read_by_the_type_of_the_field() -> None:
         config.data.flip is True and config.data.path == "12" and config.sde.build().beta_max == 30
     )
     assert config.eval.estimators == ("ode", "bound_ssm") and config.eval.num_importance == (1, 20)
-    assert config.eval.trace is None and config.eval.smallest_time == 1e-4
+    assert config.eval.ode.trace is None and config.eval.smallest_time == 1e-4
     assert config.model.own["width"] == 48 and dict(config.dequantizer.model)["clipped"] is True
     for name, message in (
         (
@@ -112,11 +112,11 @@ def test_the_config_of_a_trained_run_is_read_from_its_work_directory(tmp_path: P
 
 def test_fields_that_a_checkpoint_lacks_have_their_defaults_and_unknown_ones_are_named(monkeypatch):
     trained = Config(**tiny.get_config().to_dict()).plain()
-    del trained["eval"]["n_times"]
+    del trained["eval"]["bound"]["n_times"]
     monkeypatch.setattr(Checkpoints, "metadata", lambda self: {"config": trained})
     expected = Config(**tiny.get_config().to_dict())
-    default = expected.eval.replace(n_times=type(expected.eval)().n_times)
-    assert of_checkpoint("run") == expected.replace(eval=default)
+    default = expected.eval.bound.replace(n_times=type(expected.eval.bound)().n_times)
+    assert of_checkpoint("run") == expected.replace(eval=expected.eval.replace(bound=default))
     # A checkpoint may contain the fields of other SDEs.
     trained["sde"] |= {"sigma_min": 0.01, "sigma_max": 50.0, "gamma_0": -13.3, "gamma_1": 5.0}
     assert of_checkpoint("run").sde == expected.sde
@@ -130,8 +130,8 @@ def test_fields_that_a_checkpoint_lacks_have_their_defaults_and_unknown_ones_are
 
 def test_a_field_is_unset_by_none() -> None:
     config = tiny.get_config()
-    config.sampling.update(sampler="ddim", steps=5)
-    fields = {"sampling.sampler": "ode", "sampling.steps": "None"}
+    config.sampling.sampler.update(name="ddim", steps=5)
+    fields = {"sampling.sampler.name": "ode", "sampling.sampler.steps": "None"}
     assert with_overrides(config, fields).sampling == Config(**tiny.get_config().to_dict()).sampling
 
 
@@ -322,6 +322,10 @@ def test_flags_that_name_nothing_or_would_be_ignored_are_refused(
             "c = default('mlp')\n    c.training.stepz = 3\n    return c",
             ", line 4: AttributeError: ",
         ),
+        (
+            "c = default('mlp')\n    c.sampling.num_image = 3\n    return c",
+            "config.sampling has no field num_image: it has batch_size, corrector, denoise_last, ",
+        ),
         ("return {'mode': 'train'}", "get_config() returned dict; return a ConfigDict"),
         (
             "return default('foo')",
@@ -349,7 +353,13 @@ def test_a_work_directory_that_lost_its_checkpoints_is_refused_in_one_line(
 
 @pytest.mark.parametrize(
     "field",
-    ["data.shape.x", "eval.estimators.0", "data.shape[0]", "data.source.x", "sampling.steps.a"]
+    [
+        "data.shape.x",
+        "eval.estimators.0",
+        "data.shape[0]",
+        "data.source.x",
+        "sampling.sampler.steps.a",
+    ]
     + ["data.", ".seed", ""],
 )
 def test_a_field_that_does_not_exist_is_named_in_one_line(
@@ -409,8 +419,8 @@ def test_a_store_that_cannot_be_reached_is_refused_in_one_line(
     ("overrides", "message"),
     [
         (
-            {"sampling.method": "euler"},
-            r"config\.sampling: method=euler has no error estimate: set fixed_steps",
+            {"sampling.solver.method": "euler"},
+            r"config\.sampling\.solver: method=euler has no error estimate: set fixed_steps",
         ),
         (
             {"sde.name": "linear_ve", "eval.tau": 1e-6},
@@ -494,9 +504,11 @@ def test_paths_are_shown_relative_to_the_current_folder(
 
 
 def test_the_start_shows_the_fields_that_the_command_line_sets() -> None:
-    config = with_overrides(tiny.get_config(), {"eval.rtol": "0.00002", "data.shape": "(8, 8,1)"})
-    given = {"config.eval.rtol": "0.00002", "source": "a", "config.data.shape": "(8, 8,1)"}
-    shown = ", with --config.eval.rtol=2e-5 --config.data.shape=8,8,1"
+    config = with_overrides(
+        tiny.get_config(), {"eval.ode.rtol": "0.00002", "data.shape": "(8, 8,1)"}
+    )
+    given = {"config.eval.ode.rtol": "0.00002", "source": "a", "config.data.shape": "(8, 8,1)"}
+    shown = ", with --config.eval.ode.rtol=2e-5 --config.data.shape=8,8,1"
     assert main.settings(config, given) == shown and not main.settings(config, {"source": "a"})
 
 

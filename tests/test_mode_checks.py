@@ -21,7 +21,7 @@ from sbml.runtime.workdir import SAMPLES, Workdir
 @pytest.fixture
 def config() -> ConfigDict:
     chosen = tiny.get_config()
-    chosen.eval.features = "digits_classifier"
+    chosen.eval.quality.features = "digits_classifier"
     return chosen
 
 

@@ -16,9 +16,9 @@ NOTEBOOKS = sorted((ROOT / "experiments").glob("*.ipynb"))
 TINY = (
     "--config.data.source=photos --config.model.nf=8 --config.model.ch_mult=1,1 "
     "--config.model.num_res_blocks=1 --config.training.batch_size=8 --config.eval.max_images=2 "
-    "--config.eval.batch_size=2 --config.eval.sweeps=2 "
+    "--config.eval.batch_size=2 --config.eval.bound.sweeps=2 "
     "--config.eval.estimators=bound --config.sampling.num_images=2 --config.sampling.frames=1 "
-    "--config.sampling.sampler=dpm_solver --config.sampling.steps=4 "
+    "--config.sampling.sampler.name=dpm_solver --config.sampling.sampler.steps=4 "
     "--config.score.parameterization=preconditioned --config.score.label=log_snr"
 )
 

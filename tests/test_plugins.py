@@ -20,7 +20,7 @@ from sbml.registry import Registry
 # All but "uniform", which is none of the user's, and without the pilots of the bounds.
 FEW = (
     "--config.eval.dequantizers=mine.dequantizer:Triangle,mine.dequantizer:Shrunk",
-    "--config.eval.proposal_bins=0",
+    "--config.eval.bound.proposal_bins=0",
 )
 
 
@@ -72,7 +72,7 @@ def test_a_new_dequantizer_is_trained_and_its_run_knows_its_config(workdir, repo
     term = cell(report, "ode", "mine.dequantizer:Shrunk")["terms"]["dequantization"]
     assert term == pytest.approx(math.log2(1 + math.exp(-2)), abs=0.01)
     # The work directory alone says what to run, if its package is trusted; one field is changed.
-    changed = ("--workdir=run", "--mode=eval,sample", "--config.sampling.factor=0.25")
+    changed = ("--workdir=run", "--mode=eval,sample", "--config.sampling.sampler.factor=0.25")
     assert "mine.estimator:StandardNormal" in run(workdir.parent, *changed, "--trust=mine")
 
 

@@ -24,7 +24,7 @@ from sbml.runtime.workdir import EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAM
 def config(tmp_path: Path) -> ConfigDict:
     chosen = tiny.get_config()
     chosen.data.cache_dir = str(tmp_path / "cache")
-    chosen.eval.features = "digits_classifier"
+    chosen.eval.quality.features = "digits_classifier"
     return chosen
 
 
@@ -151,7 +151,7 @@ def test_other_training_images_warn(
 def test_an_extractor_that_cannot_be_made_stops_before_the_training(tmp_path: Path) -> None:
     err = runs.run(tmp_path, "--mode=train,quality", expect=1)
     assert "no samples.npz" in err and not (tmp_path / "checkpoints").exists()
-    modes, features = "--mode=train,sample,quality", "--config.eval.features=inception"
+    modes, features = "--mode=train,sample,quality", "--config.eval.quality.features=inception"
     err = runs.run(tmp_path, modes, features, expect=1)
     assert "download pt_inception" in err and not (tmp_path / "checkpoints").exists()
 
@@ -162,11 +162,13 @@ def test_what_is_missing_is_named(config: ConfigDict, tmp_path: Path) -> None:
     samples(tmp_path, data.load("digits", "test", data.Options()).images[:1])
     with pytest.raises(ValueError, match="samples.npz has one image: .*sampling.num_images"):
         runs.mode(quality.run, config, tmp_path)
-    config.eval.features = "inception"
+    config.eval.quality.features = "inception"
     with pytest.raises(ValueError, match="download pt_inception"):
         runs.mode(stats.run, config, tmp_path)
-    config.eval.features = "vgg"
-    with pytest.raises(ValueError, match="eval.features=vgg: need one of digits_classifier"):
+    config.eval.quality.features = "vgg"
+    with pytest.raises(
+        ValueError, match="eval.quality.features=vgg: need one of digits_classifier"
+    ):
         runs.mode(stats.run, config, tmp_path)
 
 

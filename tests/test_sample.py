@@ -1,5 +1,6 @@
 """A sample depends only on (seed, id), not on batches, devices or interruptions."""
 
+import re
 import signal
 import time
 import tracemalloc
@@ -17,6 +18,7 @@ from PIL import Image
 from sbml import bits, samplers
 from sbml.evaluation import samples
 from sbml.experiment import build, objective
+from sbml.experiment.sampling import Sampling
 from sbml.experiment.trained import Trained
 from sbml.modes import sample
 from sbml.runtime.checkpoint import Restored
@@ -25,7 +27,7 @@ from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import SAMPLES, Workdir
 from sbml.sdes import VE
 
-STOCHASTIC = ("--config.sampling.sampler=ancestral", "--config.sampling.steps=20")
+STOCHASTIC = ("--config.sampling.sampler.name=ancestral", "--config.sampling.sampler.steps=20")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,8 @@ def trained(digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def images(workdir: Path, **options: object) -> np.ndarray:
     config = tiny.get_config()
-    config.sampling.update(sampler="ancestral", steps=20, num_images=20, batch_size=20)
+    config.sampling.update(num_images=20, batch_size=20)
+    config.sampling.sampler.update(name="ancestral", steps=20)
     config.sampling.update(options)
     return samples.stored(of(build.Experiment(config), workdir), Preemption()).images
 
@@ -97,7 +100,7 @@ def test_the_data_of_the_training_decide_the_levels_of_samples(
     with monkeypatch.context() as patch:
         patch.setattr(build.Experiment, "restore", lambda self, workdir: restored)
         config = tiny.get_config()
-        config.sampling.update(sampler="ddim", steps=2)
+        config.sampling.sampler.update(name="ddim", steps=2)
         runs.mode(sample.run, config, tmp_path)
     [stored] = tmp_path.glob("sampling/*/identity.json")
     assert read_json(stored)["recipe"]["dequantization"] == "none"
@@ -108,7 +111,8 @@ def test_samples_that_are_not_finite_are_counted(
 ) -> None:
     """Without the count they would look like ordinary white images."""
     config = tiny.get_config()
-    config.sampling.update(sampler="ancestral", steps=3, num_images=2)
+    config.sampling.num_images = 2
+    config.sampling.sampler.update(name="ancestral", steps=3)
     experiment = build.Experiment(config)
     restored = experiment.restore(trained)
     params = restored.state.ema_params
@@ -169,7 +173,7 @@ def test_the_memory_that_samples_need_is_known(
 def test_another_seed_or_sampler_is_another_set(trained: Path) -> None:
     one = images(fresh(trained))
     assert (images(trained, seed=1) != one).mean() > 0.1
-    assert (images(trained, sampler="ddim") != one).mean() > 0.1
+    assert (images(trained, sampler={"name": "ddim"}) != one).mean() > 0.1
     np.testing.assert_array_equal(images(trained), one)
 
 
@@ -212,40 +216,61 @@ def test_a_strip_goes_with_its_samples(trained: Path, caplog: pytest.LogCaptureF
     give a warning."""
     (trained / "samples_strip.png").touch()
     config = tiny.get_config()
-    config.sampling.update(
-        sampler="ddim", steps=2, num_images=2, batch_size=2, frames=1, smallest_time=1e-9
-    )
+    config.sampling.update(num_images=2, batch_size=2, frames=1, smallest_time=1e-9)
+    config.sampling.sampler.update(name="ddim", steps=2)
     runs.mode(sample.run, config, trained)
     assert not (trained / "samples_strip.png").exists() and (trained / "samples.png").exists()
     assert "--config.sampling.smallest_time=" in caplog.text
 
 
-def test_errors_name_the_wrong_choices(trained: Path) -> None:
-    for options, message in (
-        ({"sampler": "heun"}, "sampling.sampler=heun: need one of ancestral, ddim"),
-        ({"corrector": "mala"}, "sampling.corrector=mala: need one of"),
-        ({"sampler": "ode", "corrector": "langevin"}, "sampler ode takes no corrector"),
-        ({"sampler": "ancestral", "eta": 0.5}, "sampling.eta=0.5: sampler ancestral takes no eta"),
-        ({"sampler": "ddim", "fixed_steps": 9}, "fixed_steps=9: sampler ddim takes no fixed_steps"),
-        ({"sampler": "ode", "spacing": "time"}, "sampling.spacing=time: sampler ode takes no"),
+@pytest.mark.parametrize(
+    ("sampler", "fields", "message"),
+    [
+        ({"name": "heun"}, {}, "sampling.sampler.name=heun: need one of ancestral, ddim"),
+        ({"name": "ode", "spacing": "time"}, {}, "config.sampling.sampler has no field spacing: "),
+        ({"name": "ode", "steps": 20}, {}, "config.sampling.sampler has no field steps: it has na"),
+        ({"name": "ancestral", "eta": 0.5}, {}, "no field eta: it has name, spacing, steps"),
+        ({"name": "ddim", "eta": 1.1}, {}, "config.sampling.sampler: eta is 1.1"),
+        ({"name": "ddim", "steps": 0}, {}, "config.sampling.sampler: steps is 0"),
+        ({"name": "ddim", "steps": 2.5}, {}, "sampling.sampler.steps=2.5: need an integer above"),
+        ({"name": "ddim", "spacing": "even"}, {}, "config.sampling.sampler: spacing is 'even'"),
+        ({}, {"corrector": {"name": "mala"}}, "sampling.corrector.name=mala: need one of"),
+        ({}, {"corrector": {"snr": 0.2}}, "config.sampling.corrector has no field snr: it has n"),
         (
-            {"sampler": "ode", "steps": 20},
-            r"no steps; set its default \(--config.sampling.steps=None\)",
+            {"name": "ddim"},
+            {"corrector": {"name": "langevin", "snr": 0.0}},
+            "config.sampling.corrector: snr is 0.0",
         ),
-        ({"frames": -1}, "sampling.frames=-1: need an integer of at least 0"),
-        ({"num_images": 0}, "sampling.num_images=0: need an integer of at least 1"),
-        ({"spacing": "cosine"}, "sampling.spacing=cosine: need one of log_snr, quadratic, time"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            images(trained, **options)
+        (
+            {"name": "ode"},
+            {"corrector": {"name": "langevin"}},
+            "sampling.corrector.name=langevin: the sampler ode has no corrector: leave it out",
+        ),
+        (
+            {"name": "ddim"},
+            {"solver": {"fixed_steps": 9}},
+            "sampling.solver.fixed_steps=9: the sampler ddim has no solver: leave it out",
+        ),
+        ({}, {"frames": -1}, "sampling.frames=-1: need an integer of at least 0"),
+        ({}, {"num_images": 0}, "sampling.num_images=0: need an integer of at least 1"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_errors_name_the_wrong_choices(
+    sampler: dict[str, object], fields: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Sampling(sampler=sampler, **fields)
 
 
 @pytest.mark.slow
 def test_every_sampler_can_be_chosen(trained: Path) -> None:
     config = tiny.get_config()
-    config.sampling.update(corrector="annealed_langevin", steps=3, num_images=2)
+    config.sampling.num_images = 2
+    config.sampling.corrector.name = "annealed_langevin"
+    config.sampling.sampler.steps = 3
     for name in ("euler_maruyama", "reverse_diffusion", "ancestral", "ddim", "dpm_solver"):
-        config.sampling.sampler = name
+        config.sampling.sampler.name = name
         experiment = build.Experiment(config)
         built = experiment.config.sampling.build()
         assert type(built) is samplers.SAMPLERS[name] and built.nfe == 6

@@ -36,7 +36,8 @@ def learned(**training):
     config.data.dequantization = "centre"
     config.score.update(parameterization="noise", label="scaled_log_snr")
     config.training.update(**training)
-    config.eval.update(estimators=("bound",), dequantizers=("categorical",), tau=0.0, sweeps=1)
+    config.eval.update(estimators=("bound",), dequantizers=("categorical",), tau=0.0)
+    config.eval.bound.sweeps = 1
     return config
 
 
@@ -173,8 +174,9 @@ def test_a_run_is_evaluated_with_the_ends_it_learned(tmp_path):
     """The ends are the averages in the checkpoint. The config only says where they began."""
     config = learned(num_steps=30, checkpoint_every=30)
     config.optim.update(lr=0.03, warmup=1)
-    config.eval.update(max_images=16, control=False, proposal_bins=0)
-    config.sampling.update(sampler="ddim", steps=2)
+    config.eval.max_images = 16
+    config.eval.bound.update(control=False, proposal_bins=0)
+    config.sampling.sampler.update(name="ddim", steps=2)
     runs.mode(train.run, config, tmp_path)
     experiment = build.Experiment(config)
     restored = experiment.restore(tmp_path)

@@ -120,7 +120,7 @@ def test_no_limit_of_a_field_is_replaced_by_that_of_its_type() -> None:
 
 def test_the_table_has_all_numbers() -> None:
     assert len(NUMBERS) > 60
-    for name in ("seed", "optim.lr", "dequantizer.optim.ema", "sampling.steps", "latents.snr"):
+    for name in ("seed", "optim.lr", "dequantizer.optim.ema", "eval.ode.rtol", "latents.snr"):
         assert name in NUMBERS
     assert {name for name in NUMBERS if tuple in FIELDS[name]} <= set(SEVERAL) | {Ellipsis}
 
@@ -151,10 +151,15 @@ def test_fields_whose_default_is_none_also_take_values(name: str) -> None:
         assert Config(**config.to_dict()).plain() != Config(**default("mlp").to_dict()).plain()
 
 
-def test_an_empty_choice_is_refused_unless_it_is_the_default() -> None:
-    for name in ("sde.name", "data.crop", "training.noises", "eval.trace", "sampling.corrector"):
+def test_an_empty_choice_is_refused() -> None:
+    for name in (
+        "sde.name",
+        "data.crop",
+        "training.noises",
+        "eval.ode.trace",
+        "sampling.corrector.name",
+    ):
         assert refused(name, "").startswith(f"{name}=: need one of ")
-    assert Config(**changed("sampling.spacing", "")).sampling.spacing == ""
 
 
 @pytest.mark.parametrize(
@@ -176,14 +181,12 @@ def test_an_empty_choice_is_refused_unless_it_is_the_default() -> None:
         ("optim.lr", 1e-30, 1e-320),
         ("score.data_std", 1e-30, 1e-320),
         ("sde.beta_min", 1e-30, 1e-39),
-        ("eval.rtol", 0.1, 0.11),
-        ("eval.atol", 1e-6, 0.0),
-        ("eval.rtol", 1e-6, 9e-7),
-        ("sampling.rtol", 1e-6, 1e-30),
-        ("eval.sweeps", 1, 0),
-        ("eval.solver_budget", 0.0, 1.1),
-        ("sampling.eta", 0.0, 1.1),
-        ("sampling.snr", 1.0, 0.0),
+        ("eval.ode.rtol", 0.1, 0.11),
+        ("eval.ode.atol", 1e-6, 0.0),
+        ("eval.ode.rtol", 1e-6, 9e-7),
+        ("sampling.solver.rtol", 1e-6, 1e-30),
+        ("eval.bound.sweeps", 1, 0),
+        ("eval.ode.solver_budget", 0.0, 1.1),
         ("latents.snr", 1.0, 0.0),
         ("latents.count", 2, 1),
         ("latents.steps", 2**16 - 1, 2**16),
@@ -227,12 +230,14 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
         ),
         ("data.crop", "left", "data.crop=left: need one of center, random, squash"),
         ("data.flip", 1, "data.flip=1: need True or False"),
-        ("sampling.spacing", "even", "need one of log_snr, quadratic, time, or nothing"),
-        ("eval.trace", "none", "need one of exact, gaussian, rademacher, or None"),
-        ("eval.features", "vgg", "eval.features=vgg: need one of digits_classifier, inception"),
-        ("sampling.steps", 2.5, "sampling.steps=2.5: need an integer of at least 1 and below 2^16"),
-        ("eval.importance_sampling", False, "set --config.eval.proposal_bins=0"),
-        ("eval.importance", "velocity", "set --config.eval.proposal_bins=0"),
+        ("eval.ode.trace", "none", "need one of exact, gaussian, rademacher, or None"),
+        (
+            "eval.quality.features",
+            "vgg",
+            "eval.quality.features=vgg: need one of digits_classifier, inception",
+        ),
+        ("eval.bound.importance_sampling", False, "set --config.eval.bound.proposal_bins=0"),
+        ("eval.bound.importance", "velocity", "set --config.eval.bound.proposal_bins=0"),
         ("training.importance", "x0", "training.importance=x0: need one of noise, velocity"),
         ("dequantizer.name", "uniform", "dequantizer.name=uniform has no parameters to train"),
         ("sde.name", "os:system", "is <built-in function system> (builtin_function_or_method): "),
@@ -246,11 +251,19 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
         ),
         ("dequantizer.name", "math:pi", "give a class derived from sbml.dequantizers.base.Dequan"),
         ("data.source", "builtins:int", "<class 'int'> (type): give a class derived from sbml.da"),
-        ("sampling.sampler", "math:pi", "give a class derived from sbml.samplers.Sampler that is"),
+        (
+            "sampling.sampler.name",
+            "math:pi",
+            "give a class derived from sbml.samplers.Sampler that is",
+        ),
         ("eval.estimators", ("ode", "math:pi"), "eval.estimators: estimator math:pi is 3.1415"),
         ("eval.estimators", ("os:Missing",), "the module os has no attribute Missing"),
         ("eval.dequantizers", ("builtins:object",), "that is a dataclass and defines all abstra"),
-        ("eval.features", "os:system", "give a function of weights, sha256, levels and cache"),
+        (
+            "eval.quality.features",
+            "os:system",
+            "give a function of weights, sha256, levels and cache",
+        ),
         ("score.parameterization", "math:pi", "3.141592653589793 (float): give Prediction"),
     ],
 )
@@ -331,8 +344,12 @@ def test_fields_of_networks_and_dequantizers_refuse_unsuitable_values(
             30.0,
             "config.sde: beta_min=30.0, beta_max=20.0: need numbers with 0 < beta_min",
         ),
-        ("eval.method", "euler", "config.eval: method=euler has no error estimate"),
-        ("sampling.method", "euler", "config.sampling: method=euler has no error estimate"),
+        ("eval.ode.method", "euler", "config.eval.ode: method=euler has no error estimate"),
+        (
+            "sampling.solver.method",
+            "euler",
+            "config.sampling.solver: method=euler has no error estimate",
+        ),
     ],
 )
 def test_the_object_that_a_section_builds_also_checks_its_values(
@@ -478,4 +495,4 @@ def test_another_network_has_its_own_defaults(capsys: pytest.CaptureFixture[str]
     config.model.depth, expected.model.nf = 7, 16
     given = with_overrides(config, {"model.nf": "16", "model.name": "ncsnpp"})
     assert given.model == Config(**expected.to_dict()).model
-    assert "in place of depth=7 of mlp" in capsys.readouterr().out
+    assert "name=ncsnpp leaves out depth=7 of mlp" in capsys.readouterr().out

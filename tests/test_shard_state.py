@@ -45,7 +45,7 @@ for shard_state in (False, True):
 
 def config():
     config = tiny.get_config()
-    config.sampling.update(sampler="ddim", steps=2)
+    config.sampling.sampler.update(name="ddim", steps=2)
     config.training.update(num_steps=6, checkpoint_every=2, validate_every=2)
     config.data.validation = 41  # not a multiple of eight devices
     return config

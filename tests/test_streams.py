@@ -77,8 +77,11 @@ def config():
     made = tiny.get_config()
     made.training.update(num_steps=3, noises="independent", second_order=1.0)
     made.dequantizer.training.update(batch_size=64, num_steps=3, log_every=1)
-    made.eval.update(max_images=4, batch_size=4, sweeps=3, control=False, proposal_bins=0, subset=4)
-    made.sampling.update(sampler="reverse_diffusion", corrector="langevin", steps=3)
+    made.eval.update(max_images=4, batch_size=4)
+    made.eval.bound.update(sweeps=3, control=False, proposal_bins=0)
+    made.eval.ode.subset = 4
+    made.sampling.sampler.update(name="reverse_diffusion", steps=3)
+    made.sampling.corrector.name = "langevin"
     return made
 
 
@@ -101,7 +104,7 @@ def evaluation(workdir):
 
 
 def noise_levels(workdir):
-    evaluated = shared(workdir, level_images=4)
+    evaluated = shared(workdir, bound={"level_images": 4})
     found = evaluated.dequantization("uniform")
     levels.measure(evaluated, cells.CellRun(evaluated, Cell("bound", "uniform"), found))
 
@@ -144,7 +147,7 @@ def dequantizing(workdir):
 PROGRAMS = {
     "train": lambda workdir: runs.mode(train.run, config(), workdir),
     "train_dequantizer": dequantizing,
-    "pilot": lambda workdir: shared(workdir, proposal_bins=32).reduction(1e-3).density,
+    "pilot": lambda workdir: shared(workdir, bound={"proposal_bins": 32}).reduction(1e-3).density,
     "noise levels": noise_levels,
     "bound": evaluation,
     "first batch": first_batch,

@@ -21,6 +21,7 @@ from sbml import data
 from sbml.data.table import SHRINKAGES, Rows, Whitening
 from sbml.evaluation import densities
 from sbml.experiment import config as configs
+from sbml.experiment.config import Config
 from sbml.likelihood import prior_error
 from sbml.modes import table
 from sbml.scalars import notation
@@ -51,9 +52,8 @@ def csv(path: Path, columns: dict[str, Any]) -> Path:
 
 
 def load(path: Any, split: str = "train", **own: Any) -> Rows:
-    found = data.load("table", split, data.Options(path=path, test_fraction=0.3), **own)
-    assert isinstance(found, Rows)
-    return found
+    rows: Rows = data.load("table", split, data.Options(path=path, test_fraction=0.3), **own)
+    return rows
 
 
 def small(path: Path, **training: Any) -> ConfigDict:
@@ -62,7 +62,8 @@ def small(path: Path, **training: Any) -> ConfigDict:
     config.model.update(width=32, depth=1, dropout=0.0)
     config.training.update(batch_size=128, log_every=10, **training)
     config.optim.update(lr=3e-3, warmup=0, ema=0.9, schedule="constant")
-    config.eval.update(batch_size=32, subset=32)  # One shape is compiled.
+    config.eval.batch_size = 32  # One shape is compiled.
+    config.eval.ode.subset = 32
     config.sampling.update(num_images=50)
     return config
 
@@ -139,7 +140,7 @@ def test_a_resumed_run_and_the_gaussian_at_step_0(
     model, prior = said.out.splitlines()[:2]
     assert model.startswith(f"model: log p {first['results'][0]['log_p']:.4f} nats per row at t=")
     assert f" at t={notation(first['results'][0]['smallest_time'], '.3g')} [" in model
-    z, sde = load(path, "test", log_columns=("a",)).images.astype(float), VP()
+    z, sde = load(path, "test", log_columns=("a",)).array.astype(float), VP()
     error = prior_error(sde, z.mean(axis=0), z.var(axis=0))
     assert prior == error.line("nats").removeprefix("\n")
     (warning,) = [each for each in first["warnings"] if "standard deviations" in each]
@@ -195,15 +196,18 @@ def test_every_format_has_the_same_rows(tmp_path: Path) -> None:
     first, *others = [load(name) for name in (*names, tmp_path / "b.npz")]
     assert first.columns == ("u", "v") and others[-1].columns == ("column_1", "column_2")
     for other in others:
-        np.testing.assert_array_equal(other.images, first.images)
+        np.testing.assert_array_equal(other.array, first.array)
 
 
 def test_the_splits_share_no_row_and_the_training_rows_are_white(tmp_path: Path) -> None:
     u = RNG.normal(size=N)
     path = csv(tmp_path / "a.csv", {"u": u, "v": 3 * u + RNG.gamma(2, size=N)})
     train, test = load(path), load(path, "test")
+    config = Config(data={"source": "table", "path": str(path)})
+    with pytest.raises(ValueError, match="table gives Rows instead of an ImageSet: .*mode=table"):
+        config.data.images("train")
     assert train.ids and test.ids and len({*train.ids, *test.ids}) == N and len(test) == 0.3 * N
-    z = train.images.astype(float)
+    z = train.array.astype(float)
     np.testing.assert_allclose(z.mean(axis=0), 0, atol=1e-6)
     np.testing.assert_allclose(np.cov(z.T), np.eye(2), atol=0.05)  # up to the shrinkage
 

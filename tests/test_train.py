@@ -292,7 +292,11 @@ def test_processes_with_other_images_are_refused(tmp_path):
 def test_two_processes_evaluate_and_sample(whole, tmp_path):
     """Only process 0 writes the report. It must not wait for the other process while it does so."""
     (tmp_path / "checkpoints").symlink_to(whole / "checkpoints")
-    few = ("--config.eval.estimators=bound", "--config.eval.max_images=8", "--config.eval.sweeps=2")
+    few = (
+        "--config.eval.estimators=bound",
+        "--config.eval.max_images=8",
+        "--config.eval.bound.sweeps=2",
+    )
     for process in two_processes(tmp_path, "--mode=eval,sample", *few):
         runs.finish(process)
     report = json.loads((tmp_path / "report.json").read_text())
@@ -303,7 +307,7 @@ def test_two_processes_evaluate_and_sample(whole, tmp_path):
 def test_sigterm_stops_an_evaluation_by_several_processes(whole, tmp_path):
     """JAX's service receives the signal, so an evaluation must ask it, as a training does."""
     (tmp_path / "checkpoints").symlink_to(whole / "checkpoints")
-    long = ("--config.eval.estimators=bound", "--config.eval.sweeps=2000")
+    long = ("--config.eval.estimators=bound", "--config.eval.bound.sweeps=2000")
     processes = two_processes(tmp_path, "--mode=eval,sample", *long)
     assert wait_for(processes[0], lambda: any(tmp_path.glob("eval/*/part_0003*")))
     processes[1].send_signal(signal.SIGTERM)
@@ -323,7 +327,7 @@ def test_pictures_during_a_training_have_64_samples_at_most(tmp_path, monkeypatc
     monkeypatch.setattr(samples, "preview", counted)
     config = tiny.get_config()
     config.training.update(num_steps=2, sample_every=2)
-    config.sampling.update(sampler="ddim", steps=2)
+    config.sampling.sampler.update(name="ddim", steps=2)
     for number in (65, 3):
         config.sampling.num_images = number
         runs.mode(train.run, config, tmp_path / str(number))

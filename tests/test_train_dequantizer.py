@@ -152,8 +152,10 @@ def test_another_score_is_refused_in_training_and_gives_a_warning_in_evaluation(
     runs.mode(train.run, config, tmp_path)
     with pytest.raises(ValueError, match="was trained with score .* but the newest checkpoint is"):
         runs.mode(train_dequantizer.run, config, tmp_path)
-    config.eval.update(estimators=("bound",), dequantizers=("variational",), sweeps=2)
-    config.eval.update(max_images=8, batch_size=8, control=False, proposal_bins=0)
+    config.eval.update(estimators=("bound",), dequantizers=("variational",))
+    config.eval.bound.sweeps = 2
+    config.eval.update(max_images=8, batch_size=8)
+    config.eval.bound.update(control=False, proposal_bins=0)
     runs.mode(evaluate.run, config, tmp_path)
     warnings = json.loads((tmp_path / "report.json").read_text())["warnings"]
     assert any("trained for another score" in warning for warning in warnings)

@@ -34,9 +34,9 @@ FIELDS: dict[str, Any] = {
     "data.source": NAME,
     "eval.estimators": ["ode", NAME],
     "eval.dequantizers": ["uniform", NAME],
-    "eval.features": NAME,
+    "eval.quality.features": NAME,
     "dequantizer.name": NAME,
-    "sampling.sampler": NAME,
+    "sampling.sampler.name": NAME,
 }
 PART = """
 import dataclasses
@@ -152,8 +152,10 @@ def test_what_the_user_names_is_imported(run: Run, tmp_path: Path) -> None:
     for wrong in ("evil.part:Other", "evil.par", "part", "evil:part"):
         assert REFUSED in run.says("--mode=report", f"--trust={wrong}"), wrong
         assert not run.imported
-    run.holds(**{"sampling.sampler": NAME})
-    assert run.says("--mode=report", "--config.sampling.sampler=ode") == "" and not run.imported
+    run.holds(**{"sampling.sampler.name": NAME})
+    assert (
+        run.says("--mode=report", "--config.sampling.sampler.name=ode") == "" and not run.imported
+    )
 
 
 def test_python_imports_what_it_names_itself(run: Run) -> None:

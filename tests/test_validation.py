@@ -48,7 +48,8 @@ def test_a_point_is_the_number_of_an_evaluation(trained):
     found = curve(trained)
     assert [*found] == [4, 8, STEPS]
     config = config_of()
-    config.eval.update(split="validation", estimators=("bound",), proposal_bins=0)
+    config.eval.update(split="validation", estimators=("bound",))
+    config.eval.bound.proposal_bins = 0
     runs.mode(evaluation.run, config, trained)
     (result,) = map(Result.read, Workdir(trained).read(EVALUATION)["results"])
     last = metrics.read(trained)[-1]

@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
         batch_size=64, num_steps=40, log_every=1, checkpoint_every=4, keep_every=0, sample_every=0
     )
     config.optim.update(lr=1e-3, warmup=10, ema=0.9)
-    config.eval.update(batch_size=120, level_images=0)
+    config.eval.batch_size = 120
+    config.eval.bound.level_images = 0
     config.sampling.update(num_images=4, batch_size=4)
     return config

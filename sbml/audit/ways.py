@@ -28,7 +28,6 @@ from sbml.audit import oracle
 from sbml.audit.table import EPS, Row, row
 from sbml.codec import Chain, Codec, bits_back, stack
 from sbml.data import Options, load
-from sbml.data.table import Rows
 from sbml.dequantizers import uniform
 from sbml.divergence import Trace
 from sbml.estimators.base import Target
@@ -285,7 +284,6 @@ def table_rows(name: str) -> Iterator[Row]:
         np.savez(path, a=np.exp(g[:, 0]), b=1e9 + g[:, 1])
         options = Options(path=path, test_fraction=0.3)
         train, test = (load("table", s, options, log_columns=("a",)) for s in ("train", "test"))
-    assert isinstance(test, Rows)
     logs = np.stack([np.log(test.values[:, 0]), test.values[:, 1]], 1)
     inverse = np.linalg.inv(test.whitening.factor)
     shift = test.whitening.mean - [0, 1e9]
@@ -294,7 +292,7 @@ def table_rows(name: str) -> Iterator[Row]:
     found = model.logp(test.values, check=False)
     truth = data.log_prob(logs - [0, 1e9], EPS) - logs[:, 0]
     yield row("table, log p of the rows", name, found.values, truth, 2e-3)
-    baselines = densities.fit(*np.split(train.images.astype(np.float64), [300]))
+    baselines = densities.fit(*np.split(train.array.astype(np.float64), [300]))
     covariance = test.whitening.factor @ test.whitening.factor.T
     gaussian = stats.multivariate_normal(test.whitening.mean - [0, 1e9], covariance)
     truth = gaussian.logpdf(logs - [0, 1e9]) - logs[:, 0]

@@ -2,7 +2,7 @@
 
 NETWORK                              the name of the network in its checkpoints
 CODE                                 the name of the code in messages
-recognises(tree)                     whether a file with the content ``tree`` is such a checkpoint
+KEY                                  a key that only its checkpoints have
 convert(config, workdir, path, tree) converts the checkpoint and writes it to ``workdir``
 
 A model of diffusers is a folder instead of a file: see ``sbml.convert.diffusers``.
@@ -32,17 +32,15 @@ def convert(config: Config, workdir: Workdir, source: epath.PathLike, pixels: st
         raise ValueError(f"--pixels={pixels}: {source} is no folder of diffusers; leave it out")
     path = _files.find(source)
     tree = weights.read(path, "flax msgpack file")
-    for code in SOURCES:
-        if not code.recognises(tree):
-            continue
-        if config.model.name != code.NETWORK:
-            raise ValueError(
-                f"config.model.name={config.model.name!r}, but {path} is of a {code.NETWORK!r}: "
-                "take a config of that network"
-            )
-        code.convert(config, workdir.path, path, tree)
-        return
-    raise ValueError(
-        f"{path} is a checkpoint of no known code: it has {sorted(tree)}; known are "
-        + " and ".join(code.CODE for code in SOURCES)
-    )
+    code = next((code for code in SOURCES if code.KEY in tree), None)
+    if code is None:
+        raise ValueError(
+            f"{path} is a checkpoint of no known code: it has {sorted(tree)}; known are "
+            + " and ".join(code.CODE for code in SOURCES)
+        )
+    if config.model.name != code.NETWORK:
+        raise ValueError(
+            f"config.model.name={config.model.name!r}, but {path} is of a {code.NETWORK!r}: take a "
+            "config of that network"
+        )
+    code.convert(config, workdir.path, path, tree)

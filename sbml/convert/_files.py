@@ -6,10 +6,11 @@
 Each is one msgpack file of flax that holds a whole training state as nested dictionaries of arrays.
 """
 
+import dataclasses
 import functools
 import hashlib
 import re
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +22,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from sbml.experiment import compatibility
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
+from sbml.experiment.training import Loop
 from sbml.runtime import sharding
-from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.state import TrainState
-from sbml.runtime.trees import differences
+from sbml.runtime.trees import differences, tree_crc32
 from sbml.runtime.versions import versions
 from sbml.types import Json, PyTree, Tree
 
 _NUMBER = re.compile(r"(?:checkpoint_(\d+)|ckpt-(\d+)\.flax)")
 
 
-class ForeignState(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ForeignState:
     """The training state in one checkpoint of other code.
 
     ``trees`` holds four nested dictionaries of arrays: the parameters ``params``, their average
@@ -44,7 +46,7 @@ class ForeignState(NamedTuple):
     updates: int
     trees: dict[str, dict[str, PyTree]]
 
-    @property
+    @functools.cached_property
     def origin(self) -> dict[str, str | int]:
         """The file, its step and its SHA-256, to compare with the one that its publisher gives:
         msgpack files have no checksum, so reading does not notice a changed value."""
@@ -89,19 +91,83 @@ def unwrapped(tree: Tree) -> dict[str, PyTree]:
     return unflatten_dict({path: np.asarray(leaf) for path, leaf in flat.items()})
 
 
-def fit(
-    config: Config, sections: compatibility.Sections, workdir: epath.Path
-) -> tuple[Experiment, list[str]]:
-    """The experiment of ``config`` with the fields of ``sections`` replaced, and a line for each
-    change."""
+Parts = Callable[[Tree], tuple[int, int, dict[str, dict[str, PyTree]]]]
+
+
+def read(path: epath.Path, tree: Tree, code: str, name: str, parts: Parts) -> ForeignState:
+    """The checkpoint ``tree`` in the file ``path``, of which ``parts`` gives the step, the number
+    of updates and the trees. ``code`` names the code in an error, and ``name`` its files."""
+    try:
+        step, updates, trees = parts(tree)
+        return ForeignState(path, int(step), int(updates), trees)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a training state of {code}: no {error} in {sorted(tree)}; give a file "
+            f"{name} that their code wrote"
+        ) from error
+
+
+def check_channels(theirs: ForeignState, channels: int, config: Config) -> None:
+    """Check that images of ``config`` have the ``channels`` of the network of ``theirs``."""
+    if channels != config.data.shape[-1]:
+        raise ValueError(
+            f"{theirs.path} is for images with {channels} channels, but config.data.shape is "
+            f"{config.data.shape}: take a config of that data"
+        )
+
+
+def store(
+    config: Config,
+    workdir: epath.Path,
+    sections: compatibility.Sections,
+    theirs: ForeignState,
+    dequantization: str,
+    untold: Sequence[str] = (),
+    remarks: Sequence[str] = (),
+    flow: tuple[ForeignState, Callable[[Experiment], TrainState]] | None = None,
+) -> None:
+    """Write the score ``theirs`` to ``workdir``, and print what was converted.
+
+    Args:
+      config: its fields in ``sections`` are replaced by these.
+      dequantization: how the training data were scaled; nothing else is known of them.
+      untold: fields that the checkpoint does not determine.
+      remarks: further lines to print.
+      flow: a dequantizer for this score, and a function that makes its state.
+    """
     fitted, lines = compatibility.with_fields(config, sections)
-    experiment = Experiment(fitted)
-    if experiment.config.training.checkpoints(workdir).steps():
+    if fitted.training.checkpoints(workdir).steps():
         raise ValueError(f"{workdir} has checkpoints already: convert into a new --workdir")
-    return experiment, lines
+    experiment, plain = Experiment(fitted), fitted.plain()
+    fields = flatten_dict(plain, sep=".")
+    if untold:
+        said = ", ".join(f"{name}={fields[name]}" for name in untold)
+        lines.append(f"not stored in the checkpoint, therefore taken from --config: {said}")
+    plain["data"]["dequantization"] = dequantization
+    about = {"config": plain, "data": None, "versions": versions()}
+    # Everything is checked before anything is written, so that no half conversion is left behind.
+    state = _state(jax.eval_shape(experiment.init_state), theirs)
+    parts: list[tuple[Loop, ForeignState, TrainState, Json]]
+    parts = [(fitted.training, theirs, state, about)]
+    if flow is not None:
+        other, template = flow
+        about = about | {"score": {"step": theirs.step, "crc32": tree_crc32(theirs.ema_params)}}
+        state = _state(jax.eval_shape(lambda: template(experiment)), other)
+        parts.append((fitted.dequantizer.training, other, state, about))
+    if jax.process_index() == 0:
+        compatibility.write_architecture(workdir, sections)
+    for training, part, state, of_part in parts:
+        with training.checkpoints(workdir) as ours:
+            ours.save(part.step, state, of_part | {"converted_from": part.origin})
+        lines.append(
+            f"{part.path} (sha256 {part.origin['sha256']}): step {part.step}, "
+            f"{sum(leaf.size for leaf in jax.tree.leaves(part.ema_params)):,} parameters -> "
+            f"{ours.directory}"
+        )
+    print("\n".join([*lines, *remarks]))
 
 
-def state(template: TrainState, theirs: ForeignState) -> TrainState:
+def _state(template: TrainState, theirs: ForeignState) -> TrainState:
     """``template`` with the arrays of the checkpoint ``theirs``, on the devices. The statistics of
     the training are 0, as before its first step."""
     for name, tree in theirs.trees.items():
@@ -124,29 +190,3 @@ def state(template: TrainState, theirs: ForeignState) -> TrainState:
         statistics=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), template.statistics),
     )
     return jax.device_put(converted, sharding.replicated(sharding.data_mesh()))
-
-
-def metadata(experiment: Experiment, score: ForeignState, dequantization: str) -> Json:
-    """Metadata of the converted checkpoint: its config and origin. Its training data are not known,
-    only how they were scaled (``dequantization``)."""
-    config = experiment.config.plain()
-    config["data"]["dequantization"] = dequantization
-    return {"config": config, "data": None, "versions": versions(), "converted_from": score.origin}
-
-
-def untold(config: Config, fields: list[str]) -> str:
-    """The line that lists the ``fields`` which the checkpoint does not determine, with the values
-    that ``--config`` gives them."""
-    plain = config.plain()
-    values = (
-        f"{name}={functools.reduce(lambda node, part: node[part], name.split('.'), plain)}"
-        for name in fields
-    )
-    return f"not stored in the checkpoint, therefore taken from --config: {', '.join(values)}"
-
-
-def line(theirs: ForeignState, checkpoints: Checkpoints) -> str:
-    """The line that names the file, its SHA-256, step, size and the folder it was written to."""
-    count = sum(leaf.size for leaf in jax.tree.leaves(theirs.ema_params))
-    sha256, where = theirs.origin["sha256"], checkpoints.directory
-    return f"{theirs.path} (sha256 {sha256}): step {theirs.step}, {count:,} parameters -> {where}"

@@ -13,9 +13,7 @@ compared leaf by leaf with those of the network that the options describe.
 import contextlib
 import functools
 import itertools
-from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +25,6 @@ from sbml.types import Json, Tree
 
 BLOCKS = {"ResnetBlockBigGANpp": "biggan", "ResnetBlockDDPMpp": "ddpm"}
 SHOWN = 30  # At most so many differences are listed in an error message.
-
-
-class Encoder(NamedTuple):
-    """These three fields of ``Model``, which determine its blocks and their widths."""
-
-    nf: int
-    ch_mult: tuple[int, ...]
-    num_res_blocks: int
 
 
 def read_options(params: Tree, given: Json, height: int, channels: int = 3) -> Json:
@@ -65,21 +55,13 @@ def read_options(params: Tree, given: Json, height: int, channels: int = 3) -> J
 
 
 def _candidates(params: Tree, given: Json, height: int) -> Iterator[Json]:
-    """Fields of networks that may have these parameters, and then of networks with about as many
-    blocks, from which the error message takes the nearest if no network has the parameters."""
+    """Fields of networks that may have these parameters, and then the ``given`` ones, so that an
+    error message always has a network to compare with."""
     with contextlib.suppress(KeyError, IndexError):  # A leaf that options are read from is missing.
-        for shape in _encoders(params, height, slack=0):
-            attention = _attention(params, given, height, shape)
-            yield {**given, **_layers(params, given, shape), "attn_resolutions": attention}
+        for encoder in _encoders(params, height):
+            attention = {"attn_resolutions": _attention(params, given, height, encoder)}
+            yield {**given, **attention, **_layers(params, given, encoder)}
     yield dict(given)
-    for shape in _encoders(params, height, slack=1):
-        kind = BLOCKS[_blocks(params)[0]]
-        near = {**given, **shape._asdict(), "resblock_type": kind}
-        near["conditional"] = "Dense_1" in params
-        with contextlib.suppress(KeyError, IndexError):
-            near |= _layers(params, given, shape)
-        for attention in ((), *((height >> i,) for i in range(len(shape.ch_mult)))):
-            yield {**near, "attn_resolutions": attention}
 
 
 def _named(params: Tree, kind: str) -> list[Tree]:
@@ -89,70 +71,63 @@ def _named(params: Tree, kind: str) -> list[Tree]:
 
 
 def _blocks(params: Tree) -> tuple[str, list[Tree]]:
-    """The kind of the residual blocks, and the blocks."""
-    found = {kind: _named(params, kind) for kind in BLOCKS}
+    """The type of the residual blocks, and the blocks in the order of their calls."""
+    found = {kind: _named(params, name) for name, kind in BLOCKS.items()}
     return next(((kind, blocks) for kind, blocks in found.items() if blocks), ("", []))
 
 
-def _encoders(params: Tree, height: int, slack: int) -> Iterator[Encoder]:
-    """Those of every U-Net whose blocks, in the order of their calls, have the widths of the blocks
-    in ``params``; with a ``slack``, of every U-Net with at most so many blocks more or fewer."""
+def _encoders(params: Tree, height: int) -> Iterator[Json]:
+    """``nf``, ``ch_mult`` and ``num_res_blocks`` of every U-Net whose residual blocks have the
+    widths of those in ``params``."""
     kind, modules = _blocks(params)
-    leaves = (("Conv_0", "kernel"), ("Conv_0", "bias"), ("GroupNorm_1", "scale"))
-    widths = []
-    for module in modules:  # The most common width is right even if one leaf is damaged.
-        sizes = [np.shape(module[m][leaf])[-1] for m, leaf in leaves if leaf in module.get(m, ())]
-        widths += [width for width, _ in Counter(sizes).most_common(1)]
-    if not widths:
-        return
-    nf = min(widths) if slack else np.shape(params["Conv_0"]["kernel"])[-1]
-    between = BLOCKS[kind] == "biggan"  # Between two levels, one more block resamples.
+    widths = [np.shape(module["Conv_0"]["bias"])[-1] for module in modules]
+    nf = np.shape(params["Conv_0"]["kernel"])[-1]
+    between = kind == "biggan"  # Between two levels, one more block resamples.
     most_levels = height.bit_length()  # The image cannot be halved more often.
     for levels, blocks in itertools.product(range(1, 1 + most_levels), range(1, len(widths))):
         # Each level has ``blocks`` blocks in the encoder and one more in the decoder, and 2 are in
         # the middle. A block of the encoder and one of the decoder may resample between two levels.
-        count = levels * (2 * blocks + 1) + 2 + 2 * between * (levels - 1)
-        if abs(count - len(widths)) > slack:
-            continue
         wide = [widths[min(i * (blocks + between), len(widths) - 1)] for i in range(levels)]
         down = [[w] * (blocks + (between and i < levels - 1)) for i, w in enumerate(wide)]
         up = [[w] * (blocks + 1 + (between and i > 0)) for i, w in enumerate(wide)]
         expected = sum(down, []) + [wide[-1]] * 2 + sum(reversed(up), [])
-        if slack or (expected == widths and not any(w % nf for w in wide)):
-            yield Encoder(nf, tuple(w // nf for w in wide), blocks)
+        if expected == widths and not any(w % nf for w in wide):
+            multipliers = tuple(w // nf for w in wide)
+            yield {"nf": nf, "ch_mult": multipliers, "num_res_blocks": blocks}
 
 
-def _layers(params: Tree, given: Json, encoder: Encoder) -> Json:
+def _layers(params: Tree, given: Json, encoder: Json) -> Json:
     """The options that follow from which layers there are and how many of each kind."""
-    kind, modules = _blocks(params)
-    levels = len(encoder.ch_mult)
-    between = BLOCKS[kind] == "ddpm" and levels > 1  # Layers between the blocks resample.
+    kind, blocks = _blocks(params)
+    halvings = len(encoder["ch_mult"]) - 1
     # An output head is a norm and a convolution. "none" has one; "output_skip" has one for each
     # level, all of which give images; "residual" has two, one of which gives an image.
     channels, heads = params["Conv_0"]["kernel"].shape[2], len(_named(params, "GroupNorm"))
     images = sum(conv["kernel"].shape[-1] == channels for conv in _named(params, "Conv"))
     progressive = "none" if heads <= 1 else "output_skip" if images == heads else "residual"
-    # Resampling layers have parameters between "ddpm" blocks and along residual pyramids.
+    # At each halving, "ddpm" blocks have one resampling layer, which has parameters if it is a
+    # convolution, and a residual pyramid has another one, which always has.
     down, up = (_named(params, side) for side in ("Downsample", "Upsample"))
-    halvings = max(levels - 1, 1)
-    with_conv = between and len(up) // halvings > (progressive == "residual")
+    of_blocks = halvings and kind == "ddpm"
+    with_conv = bool(of_blocks) and len(up) // halvings > (progressive == "residual")
     progressive_input, combine = "none", given["progressive_combine"]
     if joined := _named(params, "Combine"):
         progressive_input = "input_skip"
-        # Counted are the residual blocks before the first that reads the joined pyramid: those of
-        # the first level and, with "biggan", the block that halves the image.
-        first = modules[encoder.num_res_blocks + (BLOCKS[kind] == "biggan")]
-        inputs = np.shape(first["Conv_0"]["kernel"])[2]
+        # The pyramid is first joined after the blocks of the first level and, with "biggan", the
+        # block that halves the image. The next block reads image and pyramid side by side ("cat"),
+        # which are twice the channels of the joined pyramid, or their sum.
+        reader = blocks[encoder["num_res_blocks"] + (kind == "biggan")]
+        inputs = np.shape(reader["Conv_0"]["kernel"])[2]
         combine = "cat" if inputs == 2 * joined[0]["Conv_0"]["kernel"].shape[-1] else "sum"
-    elif len(down) // halvings > with_conv:
+    elif halvings and len(down) // halvings > with_conv:
         progressive_input = "residual"
     fourier = _named(params, "GaussianFourierProjection")
     return {
-        **encoder._asdict(),
+        **encoder,
         "conditional": "Dense_0" in params or "Dense_1" in params,
         "embedding_type": "fourier" if fourier else "positional",
-        "resblock_type": BLOCKS[kind],
-        "resamp_with_conv": with_conv if between else given["resamp_with_conv"],
+        "resblock_type": kind,
+        "resamp_with_conv": with_conv if of_blocks else given["resamp_with_conv"],
         "fir": "Conv2d_0" in [*down, *up][0] if down or up else given["fir"],
         "progressive": progressive,
         "progressive_input": progressive_input,
@@ -160,9 +135,9 @@ def _layers(params: Tree, given: Json, encoder: Encoder) -> Json:
     }
 
 
-def _attention(params: Tree, given: Json, height: int, encoder: Encoder) -> tuple[int, ...]:
+def _attention(params: Tree, given: Json, height: int, encoder: Json) -> tuple[int, ...]:
     """The heights at which attention follows the blocks."""
-    nf, ch_mult, num_res_blocks = encoder
+    nf, ch_mult, num_res_blocks = encoder.values()
     widths = [np.shape(block["NIN_0"]["W"])[0] for block in _named(params, "AttnBlockpp")]
     # A level with attention has it after each of its encoder's blocks and once in the decoder; one
     # more attention block is in the middle.

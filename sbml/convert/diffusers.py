@@ -28,8 +28,8 @@ from ml_collections import ConfigDict
 
 from sbml.convert import _files
 from sbml.convert._files import ForeignState
-from sbml.experiment import compatibility
 from sbml.experiment.config import Config, default
+from sbml.experiment.fields import errors_of
 from sbml.experiment.score import Process
 from sbml.networks import unet2d
 from sbml.runtime import weights
@@ -66,27 +66,19 @@ def recognises(source: epath.PathLike) -> bool:
 
 def config_of(source: epath.PathLike) -> ConfigDict:
     """A config of 256 levels for the model in the folder ``source``."""
-    source = epath.Path(source).expanduser()
-    unet = source / "unet" if (source / "unet").is_dir() else source
-    architecture = _json(unet / "config.json")
-    size, channels = architecture.get("sample_size"), architecture.get("in_channels", 3)
-    if size is None:
-        raise ValueError(
-            f"{unet / 'config.json'} has no sample_size: give a config with data.shape"
-        )
+    file, architecture = _unet(source)
     config = default("unet2d")
-    config.data.shape = (*((size, size) if isinstance(size, int) else size), channels)
+    config.data.shape = _shape(file, architecture)
     return config
 
 
 def convert(config: Config, workdir: epath.Path, source: epath.PathLike, pixels: str) -> None:
     """Convert the model in the folder ``source`` to ``workdir``; ``pixels`` is a key of ``PIXELS``,
     or empty for the scheduler's usual one."""
-    source = epath.Path(source).expanduser()
     if pixels and pixels not in PIXELS:
         raise ValueError(f"--pixels={pixels}: choose one of {', '.join(PIXELS)}")
-    unet = source / "unet" if (source / "unet").is_dir() else source
-    architecture = _json(unet / "config.json")
+    unet, architecture = _unet(source)
+    source = epath.Path(source).expanduser()
     nested = source / "scheduler" / "scheduler_config.json"
     file = nested if nested.exists() else source / "scheduler_config.json"
     sde, score = _of_scheduler(file, _json(file))
@@ -94,45 +86,48 @@ def convert(config: Config, workdir: epath.Path, source: epath.PathLike, pixels:
     formula, units = PIXELS[pixels]
     scale, shift = units(config.data.levels)
     sde |= {"learned": False, "data_scale": scale, "data_shift": shift}
-    try:
+    with errors_of(file):
         process = Process(**sde).build()
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    try:
+    with errors_of(unet):
         model = {"name": "unet2d", **unet2d.fields(architecture)}
-    except ValueError as error:
-        raise ValueError(f"{unet / 'config.json'}: {error}") from error
-    size, channels = architecture.get("sample_size"), architecture.get("in_channels", 3)
-    size = list(config.data.shape[:2]) if size is None else size
-    size = [size, size] if isinstance(size, int | float) else size
-    if not isinstance(size, list) or len(size) != 2:
+    shape = _shape(unet, architecture, [*config.data.shape[:2]])
+    if shape != config.data.shape:
         raise ValueError(
-            f"{unet / 'config.json'}: sample_size is {size!r}: give one number, or two of them"
+            f"{unet}: sample_size and in_channels are those of images of shape {shape}, but "
+            f"config.data.shape is {config.data.shape}: take a config of that data"
         )
-    if (*size, channels) != config.data.shape:
-        raise ValueError(
-            f"{unet / 'config.json'}: sample_size and in_channels are those of images of shape "
-            f"{(*size, channels)}, but config.data.shape is {config.data.shape}: take a config of "
-            "that data"
-        )
-    params = _params(unet)
+    file, params = _params(unet.parent)
     zeros = jax.tree.map(np.zeros_like, params)
     trees = {"params": params, "ema_params": params, "mu": zeros, "nu": zeros}
-    theirs = ForeignState(unet / f"{WEIGHTS}.safetensors", 0, 0, trees)
+    theirs = ForeignState(file, 0, 0, trees)
     sections = {"model": model, "sde": sde, "score": score}
     sections["training"] = {"smallest_time": process.smallest_time}
-    experiment, lines = _files.fit(config, sections, workdir)
-    state = _files.state(jax.eval_shape(experiment.init_state), theirs)
-    if jax.process_index() == 0:
-        compatibility.write_architecture(workdir, sections)
-    with experiment.config.training.checkpoints(workdir) as checkpoints:
-        checkpoints.save(theirs.step, state, _files.metadata(experiment, theirs, "centre"))
-        lines.append(
-            f"the network's pixels are {formula} of k = 0 .. L - 1, L = {config.data.levels} "
-            f"(--pixels={pixels}): {scale:.6g} x + {shift:g} of the x of this package"
-        )
-        lines.append(_files.line(theirs, checkpoints))
-    print("\n".join(lines))
+    scaling = (
+        f"the network's pixels are {formula} of k = 0 .. L - 1, L = {config.data.levels} "
+        f"(--pixels={pixels}): {scale:.6g} x + {shift:g} of the x of this package"
+    )
+    _files.store(config, workdir, sections, theirs, "centre", remarks=[scaling])
+
+
+def _unet(source: epath.PathLike) -> tuple[epath.Path, dict[str, Any]]:
+    """The file that describes the network in the folder ``source``, and its content."""
+    source = epath.Path(source).expanduser()
+    file = (source / "unet" if (source / "unet").is_dir() else source) / "config.json"
+    return file, _json(file)
+
+
+def _shape(
+    file: epath.Path, architecture: Mapping[str, Any], usual: list[int] | None = None
+) -> tuple[Any, ...]:
+    """The shape of the images of the network that ``file`` describes as ``architecture``; ``usual``
+    is the height and width if it has none."""
+    size = architecture.get("sample_size")
+    size = usual if size is None else [size, size] if isinstance(size, int | float) else size
+    if size is None:
+        raise ValueError(f"{file} has no sample_size: give a config with data.shape")
+    if not isinstance(size, list) or len(size) != 2:
+        raise ValueError(f"{file}: sample_size is {size!r}: give one number, or two of them")
+    return (*size, architecture.get("in_channels", 3))
 
 
 def _of_scheduler(
@@ -192,8 +187,7 @@ def _of_scheduler(
 
 def _json(file: epath.Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(file.read_text())
-        return dict(found)
+        return dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"{file} cannot be read ({error}): give the folder that save_pretrained of diffusers "
@@ -201,8 +195,8 @@ def _json(file: epath.Path) -> dict[str, Any]:
         ) from error
 
 
-def _params(unet: epath.Path) -> dict[str, Any]:
-    """The parameters in the safetensors file of the folder ``unet``."""
+def _params(unet: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
+    """The safetensors file of the folder ``unet``, and the parameters in it."""
     file = unet / f"{WEIGHTS}.safetensors"
     if not file.exists():
         held = sorted(path.name for path in unet.iterdir())
@@ -214,4 +208,4 @@ def _params(unet: epath.Path) -> dict[str, Any]:
     half = sorted({array.dtype.name for array in state.values() if array.dtype.itemsize < 4})
     if half:
         print(f"{file}: weights of {', '.join(half)} are evaluated in float32")
-    return unet2d.params(state)
+    return file, unet2d.params(state)

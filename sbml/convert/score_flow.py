@@ -19,8 +19,8 @@ All were trained on pixels scaled as k / 255. The checkpoint does not say which 
 ``dequantizers.variational`` renames the dequantizer's parameters.
 """
 
+import dataclasses
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,135 +31,96 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from sbml.convert import _files, _ncsnpp_options
 from sbml.convert._files import ForeignState
 from sbml.dequantizers import variational
-from sbml.experiment import compatibility
+from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
+from sbml.experiment.fields import errors_of
 from sbml.experiment.training import smallest_time
 from sbml.runtime import weights
 from sbml.runtime.state import TrainState
-from sbml.runtime.trees import tree_crc32
-from sbml.types import Tree
+from sbml.types import Json, PyTree, Tree
 
-NETWORK = "ncsnpp"
+NETWORK, KEY = "ncsnpp", "optimizer"
 CODE = "Song et al.'s (optimizer, params_ema)"
-SCORE = "checkpoints"
 DEQUANTIZER = "flowpp_dequantizer/checkpoints"
 
 
-class Convention(NamedTuple):
-    """How their code computes a score from a network.
-
-    Attributes:
-      parameterizations: possible values of ``config.score.parameterization``. The parameters do not
-        show which one it is: it is the config's value if that is among them, else the first.
-      label: the value of ``config.score.label``.
-      fourier: the embedding type of a network that embeds the label by Fourier features.
-    """
-
-    parameterizations: tuple[str, ...]
-    label: str
-    fourier: str
-
-
-_NOISE = Convention(("noise",), "time", "fourier_linear")
-# "scaled_score" is for networks whose output their code divides by sigma (model.scale_by_sigma).
-# None of their configs sets this.
-_SCORE = Convention(("score", "scaled_score"), "sigma", "fourier")
+# Several heights with attention, or numbers of heads, can fit the same shapes of parameters.
+UNTOLD = (
+    *("sde.name", "training.smallest_time", "score.parameterization"),
+    *("training.likelihood_weighting", "training.importance_sampling", "data.flip"),
+    *(f"model.{name}" for name in ("nonlinearity", "skip_rescale", "fir", "fir_kernel")),
+    "model.attn_resolutions",
+)
+# How their code computes a score from a network: the possible values of score.parameterization,
+# score.label, and the embedding type of a network with Fourier features. The parameters do not show
+# the parameterization: it is the config's if that is possible, else the first. "scaled_score" is
+# for networks whose output their code divides by sigma (model.scale_by_sigma); none of their
+# configs sets this.
+_NOISE = ("noise",), "time", "fourier_linear"
+_SCORE = ("score", "scaled_score"), "sigma", "fourier"
 CONVENTIONS = {"vp": _NOISE, "subvp": _NOISE, "ve": _SCORE, "linear_ve": _NOISE}
-
-
-def recognises(tree: Tree) -> bool:
-    """Whether a file with the content ``tree`` was written by their code."""
-    return "optimizer" in tree
 
 
 def read(path: epath.Path, tree: Tree) -> ForeignState:
     """The checkpoint ``tree`` in the file ``path``."""
-    try:
-        target, state = tree["optimizer"]["target"], tree["optimizer"]["state"]
-        moments = flatten_dict(dict(state["param_states"]))
-        trees = {"params": target, "ema_params": tree["params_ema"]}
-        for name, theirs in (("mu", "grad_ema"), ("nu", "grad_sq_ema")):
-            trees[name] = unflatten_dict({p[:-1]: a for p, a in moments.items() if p[-1] == theirs})
-        trees = {name: _files.unwrapped(tree) for name, tree in trees.items()}
-        return ForeignState(path, int(tree["step"]), int(state["step"]), trees)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a training state of Song et al.'s code: no {error} in {sorted(tree)}; "
-            "give a file checkpoint_N that their code wrote"
-        ) from error
+    return _files.read(path, tree, "Song et al.'s code", "checkpoint_N", _parts)
+
+
+def _parts(tree: Tree) -> tuple[int, int, dict[str, dict[str, PyTree]]]:
+    """The step, the number of updates, and the trees of a network."""
+    target, adam = tree["optimizer"]["target"], tree["optimizer"]["state"]
+    moments = flatten_dict(dict(adam["param_states"]))
+    trees = {"params": target, "ema_params": tree["params_ema"]}
+    for name, theirs in (("mu", "grad_ema"), ("nu", "grad_sq_ema")):
+        trees[name] = unflatten_dict({p[:-1]: a for p, a in moments.items() if p[-1] == theirs})
+    return tree["step"], adam["step"], {k: _files.unwrapped(v) for k, v in trees.items()}
 
 
 def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Tree) -> None:
     """Convert the checkpoint ``tree`` in the file ``path``, and that of the dequantizer if there is
     one, to ``workdir``."""
-    score, flow = read(path, tree), None
+    score, flow, untold, remarks = read(path, tree), None, list(UNTOLD), []
     if flow_file := _files.newest(path.parent.parent / DEQUANTIZER):
-        flow = read(flow_file, weights.read(flow_file, "flax msgpack file"))
-        renamed = {name: variational.from_reference(part) for name, part in flow.trees.items()}
-        flow = flow._replace(trees=renamed)
+        theirs = read(flow_file, weights.read(flow_file, "flax msgpack file"))
+        trees = {name: variational.from_reference(part) for name, part in theirs.trees.items()}
+        flow = dataclasses.replace(theirs, trees=trees)
     sections = _sections(config, score, flow)
-    experiment, lines = _files.fit(config, sections, workdir)
-    # Everything is checked before anything is written, so that no half conversion is left behind.
-    score_state = _files.state(jax.eval_shape(experiment.init_state), score)
+    of_flow = None
     if flow is not None:
         shape = variational.image_shape(flow.ema_params)
-        images, key = jnp.zeros((2, *shape), jnp.uint8), jax.random.key(0)
-        model, optimizer = experiment.dequantizer("variational"), experiment.dequantizer_optimizer
-        template = jax.eval_shape(
-            lambda key: TrainState.create(model.init(key, images), optimizer), key
-        )
-        flow_state = _files.state(template, flow)
-    metadata = _files.metadata(experiment, score, "none")
-    if jax.process_index() == 0:
-        compatibility.write_architecture(workdir, sections)
-    with experiment.config.training.checkpoints(workdir) as checkpoints:
-        checkpoints.save(score.step, score_state, metadata)
-        written = [_files.line(score, checkpoints)]
-    if flow is not None:
-        trained_for = {"step": score.step, "crc32": tree_crc32(score.ema_params)}
-        of_flow = {"score": trained_for, "converted_from": flow.origin}
-        with experiment.config.dequantizer.training.checkpoints(workdir) as checkpoints:
-            checkpoints.save(flow.step, flow_state, {**metadata, **of_flow})
-            written.append(_files.line(flow, checkpoints))
-        if shape != experiment.config.data.shape:
-            written.append(f"{flow.path} fits only images of shape {shape}")
-    fields = ["sde.name", "training.smallest_time", "score.parameterization"]
-    fields += ["training.likelihood_weighting", "training.importance_sampling", "data.flip"]
-    fields += [f"model.{name}" for name in ("nonlinearity", "skip_rescale", "fir", "fir_kernel")]
-    # Several heights, or numbers of heads, can fit the same shapes of parameters.
-    fields += ["model.attn_resolutions", *(["dequantizer.model.heads"] if flow else [])]
-    print("\n".join([*lines, _files.untold(experiment.config, fields), *written]))
+
+        def template(experiment: Experiment) -> TrainState:
+            model, images = experiment.dequantizer("variational"), jnp.zeros((2, *shape), jnp.uint8)
+            params = model.init(jax.random.key(0), images)
+            return TrainState.create(params, experiment.dequantizer_optimizer)
+
+        of_flow = flow, template
+        untold.append("dequantizer.model.heads")
+        if shape != config.data.shape:
+            remarks.append(f"{flow.path} fits only images of shape {shape}")
+    _files.store(config, workdir, sections, score, "none", untold, remarks, of_flow)
 
 
-def _sections(
-    config: Config, score: ForeignState, flow: ForeignState | None
-) -> compatibility.Sections:
+def _sections(config: Config, score: ForeignState, flow: ForeignState | None) -> dict[str, Json]:
     """The fields of the config, by section, that describe the checkpoints."""
     if config.sde.name not in CONVENTIONS:
         names = ", ".join(CONVENTIONS)
         raise ValueError(f"config.sde.name={config.sde.name!r}: their models have one of {names}")
+    possible, label, fourier = CONVENTIONS[config.sde.name]
+    choice = config.score.parameterization
     # Their models were not trained on bin centres.
     eps = smallest_time(config.sde.build(), config.training, config.data, math.inf)
-    convention = CONVENTIONS[config.sde.name]
     height, channels = config.data.shape[0], config.data.shape[-1]
-    try:
+    with errors_of(score.path):
         options = _ncsnpp_options.read_options(score.ema_params, config.model.own, height, channels)
-    except ValueError as error:
-        raise ValueError(f"{score.path}: {error}") from error
-    inputs = np.shape(score.ema_params["Conv_0"]["kernel"])[2]
-    if inputs != channels:
-        raise ValueError(
-            f"{score.path} is for images with {inputs} channels, but config.data.shape is "
-            f"{config.data.shape}: take a config of that data"
-        )
+    _files.check_channels(score, np.shape(score.ema_params["Conv_0"]["kernel"])[2], config)
     if options["embedding_type"] != "positional":
-        options["embedding_type"] = convention.fourier
-    choice, possible = config.score.parameterization, convention.parameterizations
-    sections = {
-        "model": {"name": "ncsnpp", **options},
+        options["embedding_type"] = fourier
+    sections: dict[str, Json] = {
+        "model": {"name": NETWORK, **options},
         "score": {
             "parameterization": choice if choice in possible else possible[0],
-            "label": convention.label,
+            "label": label,
         },
         "sde": dict(config.sde.replace(learned=False)),
         "training": {"smallest_time": eps},

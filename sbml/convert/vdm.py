@@ -22,34 +22,27 @@ from etils import epath
 from sbml import networks
 from sbml.convert import _files
 from sbml.convert._files import ForeignState, unwrapped
-from sbml.experiment import compatibility
 from sbml.experiment.config import Config
 from sbml.networks.vdm import GROUPS
 from sbml.sdes import LinearGamma, MonotoneGamma
-from sbml.types import Json, Tree
+from sbml.types import Json, PyTree, Tree
 
-NETWORK = "vdm"
+NETWORK, KEY = "vdm", "opt_state"
 CODE = "VDM's (opt_state, ema_params)"
 FOURIER = networks.frequencies(256)  # Their networks use these for every number of levels.
 
 
-def recognises(tree: Tree) -> bool:
-    """Whether a file of this content is theirs."""
-    return "opt_state" in tree
-
-
 def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Tree) -> None:
     """Convert the checkpoint ``tree`` in the file ``path`` to ``workdir``."""
-    whole = read(path, tree)
-    score = whole._replace(trees={k: v["score_model"] for k, v in whole.trees.items()})
+    score = _files.read(path, tree, "VDM's code", "ckpt-N.flax", _parts)
     least, largest = config.score.log_snr_range
     gamma_0, gamma_1 = -largest, -least  # A fixed schedule spans the range of the time label.
-    if "gamma" in whole.ema_params:
+    if gamma := unwrapped(tree["ema_params"]).get("gamma"):
         with jax.enable_x64(True):
-            exact = jax.tree.map(lambda a: jnp.asarray(a, float), whole.ema_params["gamma"])
+            exact = jax.tree.map(lambda a: jnp.asarray(a, float), gamma)
             gamma_0, gamma_1 = schedule(exact).gamma(jnp.asarray([0.0, 1.0])).tolist()
     sections = {
-        "model": {"name": NETWORK, **network_fields(score, config.data.shape[-1])},
+        "model": {"name": NETWORK, **network_fields(score, config)},
         "score": {
             "parameterization": "residual",
             "label": "scaled_log_snr",
@@ -58,38 +51,20 @@ def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Tree) -
         "sde": {"name": "linear_gamma", "learned": False, "gamma_0": gamma_0, "gamma_1": gamma_1},
         "training": {"smallest_time": LinearGamma.smallest_time},
     }
-    experiment, lines = _files.fit(config, sections, workdir)
-    state = _files.state(jax.eval_shape(experiment.init_state), score)
-    if jax.process_index() == 0:
-        compatibility.write_architecture(workdir, sections)
-    with experiment.config.training.checkpoints(workdir) as checkpoints:
-        checkpoints.save(score.step, state, _files.metadata(experiment, score, "centre"))
-        lines.append(_files.untold(experiment.config, ["score.log_snr_range", "data.flip"]))
-        lines.append(_files.line(score, checkpoints))
-    print("\n".join(lines))
+    untold = "score.log_snr_range", "data.flip"
+    _files.store(config, workdir, sections, score, "centre", untold=untold)
 
 
-def read(path: epath.Path, tree: Tree) -> ForeignState:
-    """The checkpoint ``tree`` in the file ``path``, including its schedule."""
-    try:
-        adam = tree["opt_state"]["0"]
-        trees = {name: tree[name] for name in ("params", "ema_params")}
-        trees = {k: unwrapped(v) for k, v in {**trees, "mu": adam["mu"], "nu": adam["nu"]}.items()}
-        for name, part in trees.items():
-            if "score_model" not in part:
-                raise ValueError(
-                    f"{path}: no score_model in {name}, which has {sorted(part)}; give a file "
-                    "ckpt-N.flax that VDM's code wrote"
-                )
-        return ForeignState(path, int(tree["step"]), int(adam["count"]), trees)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a training state of VDM's code: no {error} in {sorted(tree)}; give a "
-            "file ckpt-N.flax that their code wrote"
-        ) from error
+def _parts(tree: Tree) -> tuple[int, int, dict[str, dict[str, PyTree]]]:
+    """The step, the number of updates, and the trees of the network."""
+    adam = tree["opt_state"]["0"]
+    trees = {name: tree[name] for name in ("params", "ema_params")}
+    trees |= {name: adam[name] for name in ("mu", "nu")}
+    network = {name: unwrapped(each)["score_model"] for name, each in trees.items()}
+    return tree["step"], adam["count"], network
 
 
-def network_fields(score: ForeignState, channels: int) -> Json:
+def network_fields(score: ForeignState, config: Config) -> Json:
     """The fields of the network, read from the shapes of its parameters."""
     params = score.ema_params
     try:
@@ -100,11 +75,7 @@ def network_fields(score: ForeignState, channels: int) -> Json:
             f"{score.path} does not hold a network of VDM: conv_in/kernel or conv_out/kernel is "
             f"missing or misshapen in {sorted(params)}"
         ) from error
-    if outputs != channels:
-        raise ValueError(
-            f"{score.path} is for images with {outputs} channels, but config.data.shape has "
-            f"{channels}: take a config of that data"
-        )
+    _files.check_channels(score, outputs, config)
     fourier = {outputs: (), outputs * (1 + 2 * len(FOURIER)): FOURIER}
     if inputs not in fourier:
         raise ValueError(

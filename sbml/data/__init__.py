@@ -1,4 +1,4 @@
-"""Image sets by name, and their batches.
+"""Image sets and tables by name, and their batches.
 
     images = load("digits", "train")             # or photos, image_folder, tfds:cifar10 ...
     batches = train_batches(images, 128, seed=0)
@@ -9,9 +9,20 @@ underscore are private.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from sbml.data import imagenet32
-from sbml.data._image_set import CROPS, SPLITS, VALIDATION, ImageSet, Options, Source, copies, part
+from sbml.data._examples import (
+    CROPS,
+    SPLITS,
+    VALIDATION,
+    Examples,
+    ImageSet,
+    Options,
+    Source,
+    copies,
+    part,
+)
 from sbml.data._pipeline import prefetch, spread, train_batches
 from sbml.registry import Registry, subclass
 
@@ -20,6 +31,7 @@ __all__ = [
     "SOURCES",
     "SPLITS",
     "VALIDATION",
+    "Examples",
     "ImageSet",
     "Options",
     "Source",
@@ -65,14 +77,14 @@ def source_of(name: str) -> tuple[type[Source], str]:
     return kind, dataset
 
 
-def load(name: str, split: str, options: Options = _DEFAULT, **own: object) -> ImageSet:
-    """The images of ``split``.
+def load(name: str, split: str, options: Options = _DEFAULT, **own: object) -> Any:
+    """The examples of ``split``: an :class:`ImageSet`, or the ``Rows`` of a table.
 
     Args:
       name: a source, ``source:set`` where the source is a collection, as ``tfds:cifar10``, or
         ``package.module:Name`` for a source of another package.
       split: "train", "test" or, with ``options.validation``, "validation": a part of the training
-        images, which "train" then lacks.
+        examples, which "train" then lacks.
       options: where to look and how to cut; its ``dataset`` is taken from ``name``.
       own: the fields of the source's class.
     """

@@ -50,13 +50,12 @@ def load_or_build(path: Path, build: Callable[[Add], Json]) -> tuple[np.ndarray,
     Returns:
       A read-only map of the array, uint8 (n, h, w, c), and the notes.
     """
-    if (found := _opened(path)) is not None:
-        return found
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / ".lock"):
-        if (found := _opened(path)) is None:  # no other process has prepared it meanwhile
-            _write(path, build)
-            found = _opened(path)
+    if (found := _opened(path)) is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.parent / ".lock"):
+            if (found := _opened(path)) is None:  # no other process has prepared it meanwhile
+                _write(path, build)
+                found = _opened(path)
     assert found is not None
     return found
 
@@ -68,20 +67,12 @@ def _opened(path: Path) -> tuple[np.ndarray, Json] | None:
     again = "the images are prepared again"
     try:
         notes = read_json(path.with_suffix(".json"), again)
-        if notes.pop("array_crc32", None) != _crc32(path):
+        if notes.pop("array_crc32", None) != zlib.crc32(np.memmap(path, mode="r")):
             raise DamagedFileError(path, "it fails its CRC32", again)
-    except (DamagedFileError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:  # A ValueError also if it is empty.
         logging.warning("%s", error)
         return None
     return np.load(path, mmap_mode="r"), notes
-
-
-def _crc32(path: Path) -> int:
-    crc32 = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 24):
-            crc32 = zlib.crc32(chunk, crc32)
-    return crc32
 
 
 def _write(path: Path, build: Callable[[Add], Json]) -> None:
@@ -118,7 +109,7 @@ def _write(path: Path, build: Callable[[Add], Json]) -> None:
                 raise ValueError("there is no image to prepare")
             length = header()
             assert file.seek(0, os.SEEK_END) == length + count * math.prod(shape)
-        write_json(notes, {**kept, "array_crc32": _crc32(part)})
+        write_json(notes, {**kept, "array_crc32": zlib.crc32(np.memmap(part, mode="r"))})
         os.replace(part, path)  # last: where the array is, the notes are too
     finally:
         part.unlink(missing_ok=True)

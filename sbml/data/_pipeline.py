@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from sbml.data._image_set import ImageSet
+from sbml.data._examples import Examples
 
 if TYPE_CHECKING:
     import grain
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-Batch = np.ndarray | tuple[np.ndarray, np.ndarray]  # images, or images and their numbers
+Batch = np.ndarray | tuple[np.ndarray, np.ndarray]  # examples, or examples and their numbers
 
 
 def train_batches(
-    images: ImageSet,
+    examples: Examples,
     batch_size: int,
     seed: int,
     *,
@@ -36,27 +36,27 @@ def train_batches(
 ) -> "grain.MapDataset[Batch]":
     """Shuffled batches without end: ``batches[step]`` is this process's part of a step's batch.
 
-    Image numbers run through a new permutation of the set each epoch; a batch may span two epochs.
+    Their numbers run through a new permutation of the set each epoch; a batch may span two epochs.
 
     Args:
-      images: the training set.
-      batch_size: images in the batch of all processes together.
+      examples: the training set.
+      batch_size: examples in the batch of all processes together.
       seed: 0 .. 2**32 - 1.
       flip: mirror each image left to right with probability 1/2.
       process_index, process_count: this process's index, and the number of processes that share
-        the batch. Their parts, uint8 (batch_size / process_count, h, w, c), are the batch if they
-        are joined in the order of the processes.
-      labels: numbers (n,) of the images; a batch is then a pair of images and their numbers.
+        the batch. Their parts (batch_size / process_count, *shape) are the batch if they are
+        joined in the order of the processes.
+      labels: numbers (n,) of the examples; a batch is then a pair of examples and their numbers.
     """
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(
             f"batch_size={batch_size} cannot be shared by {process_count} processes: "
             f"use a positive multiple of {process_count}."
         )
-    if batch_size > len(images):
+    if batch_size > (size := len(examples)):
         raise ValueError(
-            f"batch_size={batch_size} exceeds the {len(images)} images of {images.name} "
-            f"({images.split}): use at most {len(images)}."
+            f"batch_size={batch_size} exceeds the {size} {examples.unit}s of {examples.name} "
+            f"({examples.split}): use at most {size}."
         )
 
     local = batch_size // process_count
@@ -68,14 +68,14 @@ def train_batches(
 
     def read(drawn: tuple[np.ndarray, np.ndarray]) -> Batch:
         ids, flips = drawn
-        rows = np.asarray(images.images[ids])
+        rows = np.asarray(examples.array[ids])
         if flip:
             rows[flips] = rows[flips, :, ::-1]
         return rows if labels is None else (rows, labels[ids])
 
     import grain  # here, because it takes half a second
 
-    order = grain.MapDataset.range(len(images)).seed(seed).shuffle().repeat()
+    order = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
     return order.batch(batch_size).random_map(draw).map(read)
 
 

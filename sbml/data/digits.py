@@ -6,7 +6,7 @@ The last 360 images are the test split.
 
 import numpy as np
 
-from sbml.data._image_set import ImageSet, Options, Source
+from sbml.data._examples import ImageSet, Options, Source
 
 TEST_COUNT, LEVELS = 360, 17
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE
 
 from sbml.data._cache import Add, content_key, load_or_build
-from sbml.data._image_set import ImageSet, Options, Source
+from sbml.data._examples import ImageSet, Options, Source
 from sbml.progress import over
 from sbml.types import Json
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from sbml.data._cache import Add, load_or_build
-from sbml.data._image_set import ImageSet, Options, Source
+from sbml.data._examples import ImageSet, Options, Source
 from sbml.progress import over
 from sbml.types import Json
 
@@ -67,7 +67,6 @@ class Imagenet32(Source):
 
     collection = True
     reads = ("manual_dir",)
-    sets = tuple(ARCHIVES)
 
     def load(self, split: str, options: Options) -> ImageSet:
         """The images of ``split`` of the version ``options.dataset``; "test" is the validation set.

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sbml.data._cache import Add, content_key, load_or_build
-from sbml.data._image_set import ImageSet, Options, Source
+from sbml.data._cache import content_key
+from sbml.data._examples import ImageSet, Options, Source
 
 PHOTOS = {
     "train": (
@@ -47,37 +47,33 @@ def photo_path(name: str) -> Path:
     )
 
 
-def _build(names: tuple[str, ...], add: Add) -> dict[str, list[str]]:
-    ids = []
-    for name in names:
-        with Image.open(photo_path(name)) as opened:
-            photo = opened.convert("RGB")
-        for scale in SCALES:
-            side = SIZE * scale
-            for top in range(0, photo.height - side + 1, SPACING):
-                for left in range(0, photo.width - side + 1, SPACING):
-                    crop = photo.crop((left, top, left + side, top + side))
-                    add(np.asarray(crop.reduce(scale)))
-                    ids.append(f"{name}@{top},{left}/{scale}")
-    return {"ids": ids}
-
-
 class Photos(Source):
     """32x32x3 crops, 256 levels; ids read ``photo@top,left/scale``, in the photo's pixels."""
 
     def load(self, split: str, options: Options) -> ImageSet:
-        """The crops of ``split``. Of ``options``, only ``cache_dir`` is used."""
-        names = PHOTOS[split]
+        """The crops of ``split``; no option applies."""
+        names, images, ids, scenes = PHOTOS[split], [], [], []
+        for name in names:
+            with Image.open(photo_path(name)) as opened:
+                photo = opened.convert("RGB")
+            # What a crop shows: its photo, or both views of one scene.
+            scene = Path(name).stem.removesuffix("_left").removesuffix("_right")
+            for scale in SCALES:
+                side = SIZE * scale
+                for top in range(0, photo.height - side + 1, SPACING):
+                    for left in range(0, photo.width - side + 1, SPACING):
+                        crop = photo.crop((left, top, left + side, top + side))
+                        images.append(np.asarray(crop.reduce(scale)))
+                        ids.append(f"{name}@{top},{left}/{scale}")
+                        scenes.append(scene)
         files = (photo_path(name) for group in PHOTOS.values() for name in group)
-        version = content_key(files, PHOTOS, SIZE, SPACING, SCALES)
-        path = options.cache / "photos" / version / f"{split}.npy"
-        images, notes = load_or_build(path, lambda add: _build(names, add))
-        caution = (
-            f"overlapping crops of {len(names)} photos: the interval is for more crops of these "
-            "photos, not for other photos"
+        return ImageSet(
+            "photos",
+            content_key(files, PHOTOS, SIZE, SPACING, SCALES),
+            split,
+            np.stack(images),
+            ids=tuple(ids),
+            scenes=tuple(scenes),
+            caution=f"overlapping crops of {len(names)} photos: the interval is for more crops of "
+            "these photos, not for other photos",
         )
-        ids = tuple(notes["ids"])
-        stems = (Path(crop.rpartition("@")[0]).stem for crop in ids)
-        # What a crop shows: its photo, or both views of one scene.
-        scenes = tuple(stem.removesuffix("_left").removesuffix("_right") for stem in stems)
-        return ImageSet("photos", version, split, images, ids=ids, scenes=scenes, caution=caution)

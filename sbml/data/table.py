@@ -19,7 +19,7 @@ that is a linear function of others: given these, its log p would only be that o
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
@@ -31,7 +31,7 @@ import numpy as np
 from scipy.linalg import lapack, solve_triangular
 
 from sbml import pytrees
-from sbml.data._image_set import ImageSet, Options, Source, copies
+from sbml.data._examples import Examples, Options, Source, copies
 from sbml.scalars import notation
 
 LEAST_ROWS, LEAST_VALUES = 100, 10
@@ -115,16 +115,6 @@ class Whitening:
         correlation = (1 - a) * u.T @ u / len(u) + a * np.eye(len(sd))
         return cls(links, g.mean(axis=0), sd[:, None] * np.linalg.cholesky(correlation))
 
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The fields as arrays, for a file."""
-        return {"links": np.array(self.links), "mean": self.mean, "factor": self.factor}
-
-    @classmethod
-    def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Whitening":
-        """The inverse of :attr:`arrays`."""
-        return cls(tuple(arrays["links"].tolist()), arrays["mean"], arrays["factor"])
-
     def forward(self, z: Any) -> Any:
         """The rows y of ``z (*n, d)``."""
         return _each((LINKS[name].inverse for name in self.links), self.mean + z @ self.factor.T)
@@ -145,35 +135,26 @@ def _each(functions: Iterable[Function], y: Any) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows(ImageSet):
-    """Rows of a table, with what a training uses of a set of images.
+class Rows(Examples):
+    """Rows of a table.
 
     Attributes:
-      images: z, float32 ``(n, d)``.
+      array: the rows z in whitened coordinates, float32 ``(n, d)``.
       columns: the names of the columns.
-      whitening: the map from the units of the file to ``images``.
+      whitening: the map from the units of the file to z.
       rounded: h of each column, 0 if its values are not rounded.
     """
 
     unit: ClassVar[str] = "row"
 
-    levels: int = 0
-    columns: tuple[str, ...] = ()
-    whitening: Whitening = field(repr=False, kw_only=True)
-    rounded: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        """The file was checked when it was read."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(number of columns, 1, 1)."""
-        return self.images.shape[1], 1, 1
+    columns: tuple[str, ...]
+    whitening: Whitening = field(repr=False)
+    rounded: tuple[float, ...]
 
     @cached_property
     def values(self) -> np.ndarray:
         """The rows in the units of the file, float64 ``(n, d)``."""
-        return self.whitening.forward(self.images.astype(np.float64))
+        return self.whitening.forward(self.array.astype(np.float64))
 
     @cached_property
     def log_det(self) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sbml.data._cache import Add, load_or_build
-from sbml.data._image_set import ImageSet, Options, Source
+from sbml.data._examples import ImageSet, Options, Source
 from sbml.progress import Bar
 from sbml.types import Json
 

@@ -72,14 +72,14 @@ class CellRun:
         experiment, config = shared.experiment, shared.experiment.config.eval
         model, draws = dequantization.model, cell.num_importance
         eps = experiment.discrete_eps if model.at_noise else experiment.eval_eps
-        reduction = Reduction(proposal=config.proposal)
+        reduction = Reduction(proposal=config.bound.proposal_name)
         if cell.kind.reducible:
             reduction = shared.reduction(eps)
         method = estimator(experiment, cell, reduction)
         ids = shared.ids(config.importance_images if draws > 1 else 0)
         # Each image costs K solves, so the size of the subset is divided by K, down to four images.
         # It is evenly spread, without a random draw, so it does not depend on the seed.
-        subset = ids[spread(len(ids), max(4, (config.subset or len(ids)) // draws))]
+        subset = ids[spread(len(ids), max(4, (config.ode.subset or len(ids)) // draws))]
         # The batch size is divided by K too, so that a few images need less padding.
         size = max(1, config.batch_size // draws)
         if method.exact:
@@ -100,11 +100,11 @@ class CellRun:
             store=self._store if stored else None,
             batch_size=size,
             multiple=size,
-            budget=config.solver_budget,
+            budget=config.ode.solver_budget,
             last=ode.last_time(one, experiment.sde),
-            sweeps=config.sweeps,
-            target_se=config.target_se,
-            max_sweeps=config.max_sweeps,
+            sweeps=config.bound.sweeps,
+            target_se=config.bound.target_se,
+            max_sweeps=config.bound.max_sweeps,
             progress=title if progress else "",
         )
 
@@ -119,12 +119,12 @@ class CellRun:
         if solver is not None and solver.fixed_steps is not None:
             gap = run.solver_error()
             if not estimate.within(gap, run.budget):
-                method = " and eval.method=tsit5" if solver.method == "euler" else ""
+                method = " and eval.ode.method=tsit5" if solver.method == "euler" else ""
                 raise ValueError(
                     f"{solver.fixed_steps} {solver.method} steps are refused: "
-                    f"{estimate.excess(gap, run.budget)} (eval.solver_budget), in bits/dim. Set "
-                    f"eval.fixed_steps=0{method} for adaptive steps, or set eval.fixed_steps much "
-                    "higher"
+                    f"{estimate.excess(gap, run.budget)} (eval.ode.solver_budget), in bits/dim. "
+                    f"Set eval.ode.fixed_steps=0{method} for adaptive steps, or set "
+                    "eval.ode.fixed_steps much higher"
                 )
         return run.estimate()
 
@@ -133,7 +133,8 @@ class CellRun:
         computed with other versions of packages."""
         files, ids = self.shared.images.ids, self.measurement.ids
         names = [files[i] for i in ids] if files else [str(i) for i in ids]
-        found = [f"{self.cell.title}: {each}" for each in number.warnings("eval.", names)]
+        section = "eval.bound." if number.solver is None else "eval.ode."
+        found = [f"{self.cell.title}: {each}" for each in number.warnings(section, names)]
         others = [other for parts in self.parts for other in parts.other_versions()]
         return found + [
             f"{self.cell.title}: an earlier command computed some of the rows with other versions: "
@@ -163,11 +164,11 @@ def estimator(experiment: Experiment, cell: Cell, reduction: Reduction) -> Estim
     """The estimator of ``cell``, with those settings of the config that its class has."""
     config, fields = experiment.config.eval, {f.name for f in dataclasses.fields(cell.kind)}
     settings = {
-        "trace": config.divergence(cell.num_importance),
+        "trace": config.ode.divergence(cell.num_importance),
         "num_importance": cell.num_importance,
-        "solver": config.solver(),
-        "n_times": config.n_times,
-        "draw": config.times,
+        "solver": config.ode.build(),
+        "n_times": config.bound.n_times,
+        "draw": config.bound.times,
         "reduction": reduction,
     }
     return cell.kind(**{name: value for name, value in settings.items() if name in fields})

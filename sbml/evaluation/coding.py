@@ -61,7 +61,7 @@ def bound_of(
     It is the bound in the steps of ``codec``, or with ``continuous`` the one in continuous time. It
     is computed by the functions of an evaluation.
     """
-    experiment, config = inputs.experiment, inputs.experiment.config.eval
+    experiment, config = inputs.experiment, inputs.experiment.config.eval.bound
     name, eps = "uniform", codec.chain.eps
     if codec.data == "centre":
         name = "learned" if optional(codec.score, "decoder_log_p") else "categorical"

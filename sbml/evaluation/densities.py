@@ -40,7 +40,7 @@ class Baseline(NamedTuple):
 
 def log_p(baselines: Sequence[Baseline], rows: Rows) -> dict[str, np.ndarray]:
     """log p(y) of the ``rows`` in the units of the file, ``(m,)`` by the name of each baseline."""
-    z = rows.images.astype(np.float64)
+    z = rows.array.astype(np.float64)
     return {each.name: each.logp(z) + rows.log_det for each in baselines}
 
 

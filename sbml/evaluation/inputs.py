@@ -66,8 +66,8 @@ class Inputs(Trained):
     @functools.cached_property
     def control(self) -> GaussianControl | None:
         """The Gaussian of the control variate, fitted to the dequantized training images; None
-        without ``eval.control``."""
-        if not self.experiment.config.eval.control:
+        without ``eval.bound.control``."""
+        if not self.experiment.config.eval.bound.control:
             return None
 
         images, levels = self.train.images, self.train.levels
@@ -86,12 +86,12 @@ class Inputs(Trained):
         return GaussianControl(**{"basis": None, **arrays})
 
     def reduction(self, eps: Number) -> Reduction:
-        """How the variance of the bound from ``eps`` on is reduced. With ``eval.control`` or
-        ``eval.proposal_bins``, a pilot on at most 256 images of the split decides it."""
-        images, config = self.images, self.experiment.config.eval
+        """How the variance of the bound from ``eps`` on is reduced. With ``eval.bound.control`` or
+        ``eval.bound.proposal_bins``, a pilot on at most 256 images of the split decides it."""
+        images, config = self.images, self.experiment.config.eval.bound
         control = self.control
         if not (control or config.proposal_bins):
-            return Reduction(proposal=config.proposal)
+            return Reduction(proposal=config.proposal_name)
         identity = {
             **self.about,
             "eps": eps,
@@ -117,7 +117,7 @@ class Inputs(Trained):
         return Reduction(
             control and dataclasses.replace(control, **stored),
             density if config.proposal_bins else None,
-            config.proposal,
+            config.proposal_name,
         )
 
     def measurement(

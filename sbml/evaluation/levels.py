@@ -27,7 +27,7 @@ BINS = 16  # at most
 
 
 def measure(inputs: Inputs, run: CellRun) -> dict[str, list[float]]:
-    """L of at most ``eval.level_images`` images of each kind, for the bound ``run``.
+    """L of at most ``eval.bound.level_images`` images of each kind, for the bound ``run``.
 
     Returns:
       The ``edges (bins + 1,)`` of the bins in lambda, beginning at the smallest time; L ``(bins,)``
@@ -41,7 +41,7 @@ def measure(inputs: Inputs, run: CellRun) -> dict[str, list[float]]:
     dims = int(np.prod(inputs.experiment.shape))
     # Both kinds have the same number of images, so that one program is compiled. Each image has 8
     # draws, and each bin at least 2.
-    count = min(config.level_images, len(inputs.train), len(ids))
+    count = min(config.bound.level_images, len(inputs.train), len(ids))
     bins = min(BINS, 4 * count)
 
     def curves(score: Any, pixels: Any, condition: Any, key: Any) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def measure(inputs: Inputs, run: CellRun) -> dict[str, list[float]]:
         "dequantizer_crc32": tree_crc32(run.dequantization.params),
         "train": inputs.train.fingerprint,
         "ids": ids.tolist(),
-        "images": config.level_images,
+        "images": config.bound.level_images,
         "control": fingerprint.of(control),
     }
     stored = compute_once(inputs.workdir / "eval", "levels", identity, compute)

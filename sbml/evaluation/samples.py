@@ -166,7 +166,7 @@ def stored(trained: Trained, preemption: Preemption) -> Samples:
     size = sharding.round_up(min(config.batch_size, config.num_images))
     sample = functools.partial(draw, experiment, trained.params)
     done = len(all_ids) - len(missing)
-    bar = Bar(f"samples by {config.sampler}", "sample", len(all_ids), done)
+    bar = Bar(f"samples by {config.sampler.name}", "sample", len(all_ids), done)
     with bar:
         for ids, batch in in_batches(sample, missing, size):
             if jax.process_index() == 0:

@@ -135,7 +135,7 @@ def cautions(inputs: Inputs, dequantizations: Mapping[str, Dequantization]) -> l
                     f"{name}: trained for another score (step {score['step']}). {loose}: train "
                     "the dequantizer again with --mode=train_dequantizer"
                 )
-    for split in {images.split: images, train.split: train}.values():
+    for split in {found.skipped: found for found in (images, train)}.values():
         if split.skipped:
             paths, count = "; ".join(split.skipped), len(split.skipped)
             files = "file is" if count == 1 else "files are"

@@ -21,6 +21,8 @@ from ml_collections import ConfigDict
 from sbml import data, discrete
 from sbml.experiment import compatibility
 from sbml.experiment.config import Config
+from sbml.experiment.evaluation import Eval
+from sbml.experiment.sampling import Sampling
 from sbml.experiment.training import (
     discrete_time,
     loss_unit,
@@ -130,7 +132,12 @@ class Experiment:
     @part
     def eval_eps(self) -> float:
         """The smallest time of an evaluation."""
-        return self.config.eval.eps(self.sde, self._first)
+        return self._smallest(self.config.eval, self._first)
+
+    def _smallest(self, section: Eval | Sampling, usual: float) -> float:
+        eps = usual if section.smallest_time is None else section.smallest_time
+        self.sde.check_time(eps, section.name_of("smallest_time"))
+        return eps
 
     @part
     def discrete_eps(self) -> float:
@@ -141,7 +148,7 @@ class Experiment:
     @part
     def sampling_eps(self) -> float:
         """The smallest time of samples."""
-        return self.config.sampling.eps(self.sde, max(1e-3, self._first))
+        return self._smallest(self.config.sampling, max(1e-3, self._first))
 
     @part
     def trained_dequantizer(self) -> Any:
@@ -264,8 +271,8 @@ class Experiment:
         changed = {
             "split": data.VALIDATION,
             "max_images": self.config.training.validation_images,
-            "target_se": 0.0,
-            "proposal_bins": 0,  # A density from a pilot would give each point other times.
+            # A density from a pilot would give each point other times.
+            "bound": self.config.eval.bound.replace(target_se=0.0, proposal_bins=0),
         }
         return self._with(eval=self.config.eval.replace(**changed))
 
@@ -306,7 +313,9 @@ class Experiment:
         )
 
     def restore_each(self, workdir: epath.PathLike) -> Iterator[Restored]:
-        """All undamaged checkpoints of ``workdir`` by their steps, as :meth:`restore` reads one."""
+        """The state before the first step, and all undamaged checkpoints of ``workdir`` by their
+        steps, as :meth:`restore` reads one."""
+        yield Restored(0, self.init_state(), {})
         with self.config.training.checkpoints(workdir) as checkpoints:
             yield from checkpoints.each(self._template())
 
@@ -364,16 +373,16 @@ class Experiment:
             identity["data"] = {"levels": self.adapter.levels, "values": self.adapter.data}
         return {**identity, "label_eps": self.eps}
 
-    def provenance(self, images: data.ImageSet) -> dict:
+    def provenance(self, examples: data.Examples) -> dict:
         """The origin of a checkpoint, stored as its metadata: config, training data, versions, and
         the names of the classes of a model with classes."""
-        labels = images.labels if self.adapter.classes else None
+        classes = examples.classes if self.adapter.classes else ()
         return {
             "config": self.config.plain(),
             "smallest_time": self.eps,
-            "data": images.fingerprint,
+            "data": examples.fingerprint,
             "versions": versions(),
-            **({} if labels is None else {"classes": np.unique(labels).tolist()}),
+            **({"classes": [*classes]} if classes else {}),
         }
 
 

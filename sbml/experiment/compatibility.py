@@ -224,20 +224,20 @@ def changed_settings(metadata: Metadata, ours: Metadata, prefix: str) -> list[st
     return [f"{k} {notation(before.get(k))} -> {notation(now.get(k))}" for k in changed]
 
 
-def earlier_data(metadata: Metadata, images: data.ImageSet) -> list[Json | None]:
-    """The fingerprints of all data other than ``images`` on which a checkpoint was trained.
+def earlier_data(metadata: Metadata, examples: data.Examples) -> list[Json | None]:
+    """The fingerprints of all data other than ``examples`` on which a checkpoint was trained.
 
-    A training that continues with ``images`` stores them in its metadata. None stands for unknown
+    A training that continues with ``examples`` stores them in its metadata. None stands for unknown
     data.
     """
     before = [*metadata.get("earlier_data", []), metadata["data"]]
-    different = [d for d in before if d is None or d["sha256"] != images.fingerprint["sha256"]]
+    different = [d for d in before if d is None or d["sha256"] != examples.fingerprint["sha256"]]
     return [d for i, d in enumerate(different) if d not in different[:i]]
 
 
-def other_data(metadata: Metadata, images: data.ImageSet) -> list[str]:
-    """Warnings if a checkpoint was trained on other data than ``images``, even if its training then
-    continued on ``images``.
+def other_data(metadata: Metadata, examples: data.Examples) -> list[str]:
+    """Warnings if a checkpoint was trained on other data than ``examples``, even if its training
+    then continued on ``examples``.
     """
     warnings = []
     earlier = metadata.get("earlier_data", [])
@@ -245,7 +245,7 @@ def other_data(metadata: Metadata, images: data.ImageSet) -> list[str]:
         if stored is None:
             warnings.append("the checkpoint was converted: its training data are not known")
             continue
-        present = images.fingerprint
+        present = examples.fingerprint
         data.imagenet32.check_comparable(stored["name"], present["name"])
         if stored["sha256"] != present["sha256"]:
             changed = {k: (stored.get(k), v) for k, v in present.items() if stored.get(k) != v}

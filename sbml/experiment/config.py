@@ -12,6 +12,7 @@ import runpy
 import traceback
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
 from etils import epath
@@ -21,13 +22,14 @@ from ml_collections import ConfigDict
 from sbml import data, dequantizers, registry
 from sbml.dequantizers import DEQUANTIZERS
 from sbml.estimators import Cell
+from sbml.experiment import renamed
 from sbml.experiment.coding import Coding
 from sbml.experiment.data import Data
 from sbml.experiment.dequantizer import Dequantizer
 from sbml.experiment.evaluation import Eval
 from sbml.experiment.fields import Override, Section, Seed, as_tuples, field, unknown
 from sbml.experiment.optim import Optim
-from sbml.experiment.sampling import Latents, Sampling
+from sbml.experiment.sampling import CorrectorChoice, Latents, SamplerChoice, Sampling
 from sbml.experiment.score import Network, Process, Score
 from sbml.experiment.training import Training
 from sbml.registry import hint
@@ -37,6 +39,8 @@ from sbml.scalars import notation
 from sbml.types import Json
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
+# The sections that take the fields of another class than the one which they name by default.
+OPEN = ("sde", "data", "sampling.sampler", "sampling.corrector")
 
 
 class Config(Section):
@@ -125,8 +129,8 @@ def default(network: str = "ncsnpp", dequantizer: str = "variational") -> Config
     """A config for users to change: the defaults of :class:`Config`, of the network called
     ``network``, and of the dequantizer to train called ``dequantizer``.
 
-    The sections whose fields depend on a choice (``sde``, ``data`` and ``sampling``) take further
-    fields, those of a class of another package.
+    The sections whose fields depend on a choice, such as ``sde``, take further fields, those of
+    another class.
     """
 
     def editable(section: Section) -> Json:
@@ -134,9 +138,39 @@ def default(network: str = "ncsnpp", dequantizer: str = "variational") -> Config
 
     chosen = Config(model=Network(name=network), dequantizer=Dequantizer(name=dequantizer))
     config = ConfigDict(editable(chosen)).lock()
-    for section in ("sde", "data", "sampling"):
-        config[section].unlock()
+    config.eval, config.sampling = _Eval(config.eval), _Sampling(config.sampling)
+    for section in OPEN:
+        node_of(config, f"{section}.name")[0].unlock()
     return config
+
+
+class _Eval(ConfigDict):
+    """The section ``eval``, which users also change by the names of earlier versions."""
+
+    _section = "eval"
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if isinstance(value, dict | ConfigDict):
+            return super().__setitem__(key, ConfigDict(value))
+        sampler = self["sampler"]["name"] if "sampler" in self else ""
+        [name] = renamed.current({f"{self._section}.{key}": value}, sampler)
+        *sections, field = name.split(".")[1:]
+        if not sections and self.is_locked and field not in self:
+            raise ValueError(unknown(self._section, field, list(self)))
+        if not sections:
+            return super().__setitem__(field, value)
+        self[sections[0]][field] = value
+
+    def update(self, *others: Any, **fields: Any) -> None:
+        for key, value in dict(*others, **fields).items():
+            if isinstance(value, dict | ConfigDict):
+                super().update({key: value})
+            else:  # It can be the name of a section that was a field.
+                self[key] = value
+
+
+class _Sampling(_Eval):
+    _section = "sampling"
 
 
 def named() -> dict[str, pathlib.Path]:
@@ -227,9 +261,9 @@ def of_checkpoint(
         config = default(
             trained["model"]["name"], trained.get("dequantizer", {}).get("name", "variational")
         ).unlock()
-        for name, value in flatten_dict(trained, sep=".").items():
+        for name, value in renamed.stored(trained).items():
             node, last = node_of(config, name)
-            if last not in node and not name.startswith(("sde.", "data.", "sampling.")):
+            if last not in node and name.rpartition(".")[0] not in OPEN:
                 raise ValueError(
                     f"the checkpoint has a field config.{name}, which this version of sbml does "
                     "not have: install the version that wrote the checkpoint, or give --config"
@@ -238,7 +272,7 @@ def of_checkpoint(
         return with_overrides(config, overrides)
 
 
-def node_of(values: Json | ConfigDict, name: str) -> tuple[Json | ConfigDict, str]:
+def node_of(values: Any, name: str) -> tuple[Any, str]:
     """The section in ``values``, nested mappings, that has the field called ``name``
     ("optim.lr"), and the name of the field in it.
     """
@@ -261,19 +295,29 @@ def node_of(values: Json | ConfigDict, name: str) -> tuple[Json | ConfigDict, st
 def with_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> Config:
     """The config with further values, given as text by the names of the fields ("optim.lr").
 
-    With another ``model.name``, the fields of the model are the defaults of that network, and a
-    line says which fields of the config are left out.
+    With another ``model.name``, the fields of the model are the defaults of that network. With
+    another sampler or corrector, the fields that it does not have are left out. A line says which
+    fields of the config are left out.
     """
     values = config.to_dict()
-    before, network = values["model"], overrides.get("model.name", values["model"]["name"])
-    if network != before["name"]:
-        values["model"] = default(network).model.to_dict()
-        own = default(before["name"]).model.to_dict()
-        lost = [f"{k}={notation(v)}" for k, v in before.items() if v != own[k]]
-        print(
-            f"config.model.name={network}: its fields have their defaults, in place of "
-            f"{', '.join(lost) or 'the defaults'} of {before['name']}"
-        )
+    sampler = values["sampling"]["sampler"]["name"]
+    overrides = renamed.current(overrides, overrides.get("sampling.sampler", sampler))
+    for kind in (Network, SamplerChoice, CorrectorChoice):
+        node, _ = node_of(values, f"{kind.section}.name")
+        before, name = {**node}, str(overrides.get(f"{kind.section}.name", node["name"]))
+        if name == before["name"]:
+            continue
+        fields, usual = dict(kind(name=name)), {}
+        if kind is Network:
+            usual = dict(kind(name=before["name"]))
+        else:
+            fields |= {field: value for field, value in before.items() if field in fields}
+        lost = {k: v for k, v in before.items() if v not in (usual.get(k), fields.get(k))}
+        node.clear()
+        node.update(fields)
+        if lost:
+            each = ", ".join(f"{field}={notation(value)}" for field, value in lost.items())
+            print(f"config.{kind.section}.name={name} leaves out {each} of {before['name']}")
     for name, text in overrides.items():
         node, last = node_of(values, name)
         node[last] = Override(text)

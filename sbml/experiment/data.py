@@ -1,6 +1,6 @@
 """``config.data``: the images of a run, and how they become numbers in [-1, 1]."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from sbml import data
 from sbml.data import CROPS, ImageSet, Options
@@ -110,8 +110,8 @@ class Data(Chosen):
                 f"--mode={','.join(modes)}"
             )
 
-    def load(self, split: str) -> ImageSet:
-        """The images of ``split``, or the other examples of a source without images."""
+    def load(self, split: str) -> Any:
+        """The examples of ``split``, an ``ImageSet`` or others."""
         reads = data.source_of(self.source)[0].reads
         for name, option in OWN.items():
             value = getattr(self, name)
@@ -127,6 +127,11 @@ class Data(Chosen):
     def images(self, split: str) -> ImageSet:
         """The images of ``split``, which have the shape and the levels of the config."""
         images = self.load(split)
+        if not isinstance(images, ImageSet):
+            raise ValueError(
+                f"data.source={self.source} gives {type(images).__name__} instead of an ImageSet: "
+                "choose a source of images; for a table use --mode=table"
+            )
         if images.shape != self.shape or images.levels != self.levels:
             raise ValueError(
                 f"{self.source} has images of shape {images.shape} with {images.levels} levels, "

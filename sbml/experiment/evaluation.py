@@ -9,24 +9,107 @@ from sbml.dequantizers import DEQUANTIZERS
 from sbml.discrete import TAU
 from sbml.divergence import PROBES, Trace
 from sbml.estimators import ESTIMATORS, Cell
-from sbml.experiment.fields import (
-    Natural,
-    Positive,
-    Seed,
-    Size,
-    among,
-    field,
-)
-from sbml.experiment.solving import Solving, Tolerance
-from sbml.experiment.training import IMPORTANCE, proposal_name
+from sbml.experiment.fields import Natural, Positive, Section, Seed, Size, among, field
+from sbml.experiment.sampling import Method, Solving, Tolerance
+from sbml.experiment.training import Times
 from sbml.features import EXTRACTORS
-from sbml.ode import MAX_STEPS, METHODS
-from sbml.times import DRAWS
 
 DrawCount = Annotated[int, Ge(1), Lt(2**20)]
 
 
-class Eval(Solving):
+class Ode(Solving):
+    """The estimator ``ode``: its solver, and the trace of the divergence."""
+
+    section: ClassVar[str] = "eval.ode"
+
+    method: Method = field("tsit5", "the solver")
+    rtol: Tolerance = field(2e-4, "relative tolerance")
+    atol: Tolerance = field(
+        2e-4, "absolute tolerance, for data in [-1, 1] and for the log-determinant in nats/dim"
+    )
+    trace: Annotated[str, among((*PROBES, "exact"))] | None = field(
+        None, "trace of the divergence; None: rademacher for K = 1, exact for K > 1"
+    )
+    probes: DrawCount = field(
+        2, "number of random probes of a trace that is not exact; a power of two is best"
+    )
+    subset: Natural = field(
+        32,
+        "number of images on which the solver's error and the noise are measured, divided by K if "
+        "K > 1; 0: all",
+    )
+    solver_budget: float = field(
+        1e-3,
+        "largest solver error in bits/dim; a number with a larger error is marked",
+        ge=0,
+        le=1,
+    )
+
+    def divergence(self, num_importance: int = 1) -> Trace:
+        """How the divergence is computed with K = ``num_importance`` draws of the dequantizer.
+
+        This is ``trace``. If it is None, K = 1 has Rademacher probes, and K > 1 the exact trace.
+        """
+        kind = self.trace
+        if num_importance > 1 and kind not in (None, "exact"):
+            raise ValueError(
+                f"eval.ode.trace={kind} with eval.num_importance={num_importance}: the noise of "
+                "Hutchinson's trace would make the model look better than it is, by 0.15 bits/dim "
+                "at K = 20 in one measurement; set --config.eval.ode.trace=exact"
+            )
+        kind = kind or ("exact" if num_importance > 1 else "rademacher")
+        return Trace(kind) if kind == "exact" else Trace(kind, self.probes)
+
+
+class Bound(Times):
+    """The bounds: the times of an image, and how often it is swept."""
+
+    section: ClassVar[str] = "eval.bound"
+
+    n_times: DrawCount = field(2, "number of times for an image in one sweep")
+    sweeps: Positive = field(8, "number of sweeps over all images")
+    target_se: float = field(
+        0.0,
+        "standard error in bits/dim at which the sweeps stop, after at least 8; 0: off",
+        ge=0,
+        le=1,
+    )
+    max_sweeps: Positive = field(256, "largest number of sweeps for target_se")
+    control: bool = field(
+        True, "subtract a Gaussian control variate where a pilot finds that it helps"
+    )
+    proposal_bins: Size = field(
+        32, "number of bins of a density of times that is estimated on training images; 0: uniform"
+    )
+    level_images: Natural = field(
+        128,
+        "number of training images, and of evaluated ones, on which the loss at each noise level "
+        "is measured; 0: none",
+    )
+
+    def check(self) -> None:
+        """Check that a learned density of times has a proposal in log-SNR."""
+        super().check()
+        if self.proposal_name != "importance" and self.proposal_bins:
+            raise ValueError(
+                f"eval.bound.importance={self.importance}, eval.bound.importance_sampling="
+                f"{self.importance_sampling} with eval.bound.proposal_bins={self.proposal_bins}: "
+                "the density of the times can only be estimated over log-SNR; set "
+                "--config.eval.bound.proposal_bins=0"
+            )
+
+
+class Quality(Section):
+    """The features of ``--mode=quality``."""
+
+    section: ClassVar[str] = "eval.quality"
+
+    features: Annotated[str, among(EXTRACTORS)] = field("inception", "feature extractor")
+    inception_weights: str = field("", "file with the state dict of pytorch-fid")
+    inception_sha256: str = field("6726825d", "first digits of the file's SHA-256")
+
+
+class Eval(Section):
     """Settings of ``--mode=eval``: a table of mean bits/dim over the images of one split.
 
     The table has a number for every estimator with every dequantizer and every K, the number of
@@ -67,88 +150,20 @@ class Eval(Solving):
         ge=0,
         le=100,
     )
-    trace: Annotated[str, among((*PROBES, "exact"))] | None = field(
-        None, "trace of the divergence; None: rademacher for K = 1, exact for K > 1"
-    )
-    probes: DrawCount = field(
-        2, "number of random probes of a trace that is not exact; a power of two is best"
-    )
-    n_times: DrawCount = field(2, "bound: number of times for an image in one sweep")
-    times: Annotated[str, among(DRAWS)] = field("lattice", "bound: how the times are spread")
-    importance_sampling: bool = field(True, "bound: draw times by importance; False: uniform in t")
-    importance: Annotated[str, among(IMPORTANCE)] = field(
-        "noise", "bound: the importance of times, as training.importance"
-    )
-    sweeps: Positive = field(8, "bound: number of sweeps over all images")
-    target_se: float = field(
-        0.0,
-        "bound: standard error in bits/dim at which the sweeps stop, after at least 8; 0: off",
-        ge=0,
-        le=1,
-    )
-    max_sweeps: Positive = field(256, "bound: largest number of sweeps for target_se")
-    control: bool = field(
-        True, "bound: subtract a Gaussian control variate where a pilot finds that it helps"
-    )
-    proposal_bins: Size = field(
-        32,
-        "bound: number of bins of a density of times that is estimated on training images; "
-        "0: uniform",
-    )
-    level_images: Natural = field(
-        128,
-        "bound: number of training images, and of evaluated ones, on which the loss at each noise "
-        "level is measured; 0: none",
-    )
-    method: Annotated[str, among(METHODS)] = field("tsit5", "ode: the solver")
-    rtol: Tolerance = field(2e-4, "ode: relative tolerance")
-    atol: Tolerance = field(
-        2e-4,
-        "ode: absolute tolerance, for data in [-1, 1] and for the log-determinant in nats/dim",
-    )
-    fixed_steps: Natural = field(0, "ode: number of equal steps; 0: adaptive steps")
-    max_steps: Positive = field(MAX_STEPS, "ode: number of adaptive steps at which it gives up")
     precision: Annotated[str, among(("default", "high", "highest"))] = field(
         "highest",
         "precision of float32 matrix products; default: the accelerator's own (TF32, bfloat16)",
     )
-    subset: Natural = field(
-        32,
-        "ode: number of images on which the solver's error and the noise are measured, divided by "
-        "K if K > 1; 0: all",
-    )
     classifier_images: Natural = field(
         64, "number of images that a class-conditional model classifies by Bayes' rule; 0: none"
     )
-    features: Annotated[str, among(EXTRACTORS)] = field(
-        "inception", "feature extractor of --mode=quality"
-    )
-    inception_weights: str = field("", "file with the state dict of pytorch-fid")
-    inception_sha256: str = field("6726825d", "first digits of the file's SHA-256")
-    solver_budget: float = field(
-        1e-3,
-        "ode: largest solver error in bits/dim; a number with a larger error is marked",
-        ge=0,
-        le=1,
-    )
+    ode: Ode = Ode()
+    bound: Bound = Bound()
+    quality: Quality = Quality()
 
     def check(self) -> None:
-        """Check the table and the solver, and that a learned density of times has a proposal in
-        log-SNR."""
+        """Check the table."""
         self.cells()
-        self.solver()
-        if self.proposal != "importance" and self.proposal_bins:
-            raise ValueError(
-                f"eval.importance={self.importance}, eval.importance_sampling="
-                f"{self.importance_sampling} with eval.proposal_bins={self.proposal_bins}: the "
-                "density of the bound's times can only be estimated over log-SNR; set "
-                "--config.eval.proposal_bins=0"
-            )
-
-    @property
-    def proposal(self) -> str:
-        """The name of the proposal of the bound's times, a key of ``times.PROPOSALS``."""
-        return proposal_name(self.section, self.importance, self.importance_sampling)
 
     def cells(self) -> list[Cell]:
         """The table that ``config.eval`` asks for, undefined cells included."""
@@ -160,29 +175,14 @@ class Eval(Solving):
         ]
         if all(cell.reason_undefined for cell in table):
             raise ValueError(f"no number to compute: {table[0].name}: {table[0].reason_undefined}")
-        if self.target_se and not any(
+        if self.bound.target_se and not any(
             cell.kind.is_bound and not cell.reason_undefined for cell in table
         ):
             raise ValueError(
-                f"eval.target_se={self.target_se}: only a bound is swept until this standard error "
-                "is reached; add bound to eval.estimators, or set --config.eval.target_se=0"
+                f"eval.bound.target_se={self.bound.target_se}: only a bound is swept until this "
+                "standard error is reached; add bound to eval.estimators, or set "
+                "--config.eval.bound.target_se=0"
             )
         for cell in table:
-            self.divergence(cell.num_importance)  # It raises if the trace does not fit K.
+            self.ode.divergence(cell.num_importance)  # It raises if the trace does not fit K.
         return table
-
-    def divergence(self, num_importance: int = 1) -> Trace:
-        """How the divergence is computed with K = ``num_importance`` draws of the dequantizer.
-
-        This is ``eval.trace``. If it is None, K = 1 has Rademacher probes, and K > 1 the exact
-        trace.
-        """
-        kind = self.trace
-        if num_importance > 1 and kind not in (None, "exact"):
-            raise ValueError(
-                f"eval.trace={kind} with eval.num_importance={num_importance}: the noise of "
-                "Hutchinson's trace would make the model look better than it is, by 0.15 bits/dim "
-                "at K = 20 in one measurement; set --config.eval.trace=exact"
-            )
-        kind = kind or ("exact" if num_importance > 1 else "rademacher")
-        return Trace(kind) if kind == "exact" else Trace(kind, self.probes)

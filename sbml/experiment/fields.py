@@ -79,12 +79,17 @@ def among(choices: Collection[str]) -> AfterValidator:
 
 
 @contextlib.contextmanager
-def section_errors(section: str) -> Iterator[None]:
-    """A context that puts the name of ``section`` before the message of every ValueError."""
+def errors_of(name: object) -> Iterator[None]:
+    """A context that puts ``name`` before the message of every ValueError."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"config.{section}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
+
+
+def section_errors(section: str) -> contextlib.AbstractContextManager[None]:
+    """A context that puts the name of ``section`` before the message of every ValueError."""
+    return errors_of(f"config.{section}")
 
 
 def refusal(name: str, value: Any, needs: str) -> ValueError:

@@ -118,7 +118,8 @@ INTRODUCTION = """# Fields of a config
 A config file sets these fields, and `--config.FIELD=VALUE` sets them on the command line.
 `--help=SECTION` shows the fields of one section in a terminal. The fields of the network, the SDE
 and the dequantizer are explained by their classes ({py:mod}`sbml.networks`, {py:mod}`sbml.sdes`,
-{py:mod}`sbml.dequantizers`), whose text `--help=SECTION` also shows.
+{py:mod}`sbml.dequantizers`), whose text `--help=SECTION` also shows. Names of earlier
+versions, such as `eval.rtol` for `eval.ode.rtol`, are still read; a warning tells the new names.
 """
 
 

@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
+from annotated_types import Ge, Le
+
 from sbml.experiment.fields import (
     Chosen,
     Natural,
@@ -17,27 +19,70 @@ from sbml.experiment.fields import (
     field,
     section_errors,
 )
-from sbml.experiment.solving import Solving, Tolerance
-from sbml.ode import MAX_STEPS, METHODS
-from sbml.samplers import (
-    CORRECTORS,
-    SAMPLERS,
-    SPACINGS,
-    AnnealedLangevin,
-    ReverseDiffusion,
-    Sampler,
-)
+from sbml.ode import MAX_STEPS, METHODS, Solver
+from sbml.samplers import CORRECTORS, SAMPLERS, AnnealedLangevin, ReverseDiffusion, Sampler
+from sbml.types import Json
+
+# Above 0.1 no step would ever be rejected. The error is measured with a tenth of the tolerance,
+# which must not be below ``ode.least_tolerance`` of float32.
+Tolerance = Annotated[float, Ge(1e-6), Le(0.1)]
+Method = Annotated[str, among(METHODS)]
 
 
-class Sampling(Solving, Chosen):
-    """Settings of ``--mode=sample``, and of the samples during training. A sampler of another
-    package can have further fields here."""
+class Solving(Section):
+    """The solver of the sampler ``ode``."""
+
+    section: ClassVar[str] = "sampling.solver"
+
+    method: Method = field("dopri5", "the solver")
+    rtol: Tolerance = field(1e-3, "relative tolerance")
+    atol: Tolerance = field(1e-3, "absolute tolerance, for data in [-1, 1]")
+    fixed_steps: Natural = field(0, "number of equal steps; 0: adaptive steps")
+    max_steps: Positive = field(MAX_STEPS, "number of adaptive steps at which it gives up")
+
+    def check(self) -> None:
+        """Check that the method has an error estimate, or a fixed number of steps."""
+        self.build()
+
+    def build(self) -> Solver:
+        """The ODE solver."""
+        tolerances, fixed = (self.rtol, self.atol), self.fixed_steps or None
+        with section_errors(self.section):
+            return Solver(self.method, *tolerances, fixed_steps=fixed, max_steps=self.max_steps)
+
+
+class SamplerChoice(Chosen):
+    """The sampler: its name, and the fields of its class. These are ``steps``, 500 by default, and
+    ``spacing`` for all but ode, and ``eta`` for ddim (docs/samplers.md)."""
+
+    section: ClassVar[str] = "sampling.sampler"
+    parts: ClassVar[Mapping[str, Any]] = SAMPLERS
+    skip: ClassVar[tuple[str, ...]] = ("solver", "corrector")  # sections beside this one
+
+    name: Annotated[str, among(SAMPLERS)] = field("ode", "the sampler")
+
+    @classmethod
+    def relevant(cls, own: Json, made: type[Section]) -> Json:
+        steps = {"steps": 500} if "steps" in made.model_fields else {}
+        # These values have stood for the default, and on the command line they are texts.
+        default = {"steps": "None", "spacing": ""}
+        return steps | {name: v for name, v in own.items() if str(v) != default.get(name)}
+
+
+class CorrectorChoice(Chosen):
+    """The corrector after every step of a sampler: its name, and the fields of its class, the
+    number ``steps`` of its own steps and their signal-to-noise ratio ``snr``."""
+
+    section: ClassVar[str] = "sampling.corrector"
+    parts: ClassVar[Mapping[str, Any]] = CORRECTORS
+
+    name: Annotated[str, among(CORRECTORS)] = field("none", "the corrector")
+
+
+class Sampling(Section):
+    """Settings of ``--mode=sample``, and of the samples during training."""
 
     section: ClassVar[str] = "sampling"
-    choice: ClassVar[str] = "sampler"
-    parts: ClassVar[Mapping[str, Any]] = SAMPLERS
-    # These are set by fields of this section.
-    skip: ClassVar[tuple[str, ...]] = ("solver", "steps", "spacing", "eta", "corrector")
 
     num_images: Positive = field(64, "number of samples")
     batch_size: Positive = field(64, "number of samples that are drawn at once")
@@ -46,63 +91,28 @@ class Sampling(Solving, Chosen):
         None, "time of the last step; None: 1e-3, or that of training if it is larger", ge=0, lt=1
     )
     denoise_last: bool = field(True, "replace x at the smallest time by its denoised value")
-    sampler: Annotated[str, among(SAMPLERS)] = field("ode", "the sampler")
-    method: Annotated[str, among(METHODS)] = field("dopri5", "solver of the sampler ode")
-    rtol: Tolerance = field(1e-3, "relative tolerance of ode")
-    atol: Tolerance = field(1e-3, "absolute tolerance of ode, for data in [-1, 1]")
-    fixed_steps: Natural = field(0, "number of steps of ode; 0: adaptive steps")
-    max_steps: Positive = field(MAX_STEPS, "number of adaptive steps at which ode gives up")
-    steps: PositiveSize | None = field(None, "number of steps of other samplers; None: 500")
-    spacing: Annotated[str, among((*SPACINGS, ""))] = field(
-        "", "spacing of the times of the steps; empty: the default of the sampler"
-    )
-    eta: float = field(0.0, "share of fresh noise in the steps of ddim", ge=0, le=1)
-    corrector: Annotated[str, among(CORRECTORS)] = field("none", "corrector after every step")
-    corrector_steps: Positive = field(1, "number of the corrector's steps after every step")
-    snr: float = field(0.16, "signal-to-noise ratio of a corrector's step", gt=0, le=1)
     frames: Size = field(8, "number of frames of the strip from noise to image")
+    sampler: SamplerChoice = SamplerChoice()
+    corrector: CorrectorChoice = CorrectorChoice()
+    solver: Solving = Solving()
 
     def check(self) -> None:
-        """Check that the sampler uses the corrector, spacing, eta and number of steps that are set.
-
-        The other fields have values in all configs, and are ignored by samplers without them.
-        """
-        options = {f.name for f in dataclasses.fields(SAMPLERS[self.sampler])}
-        settings = {
-            "corrector": ("corrector", self.corrector != "none"),
-            "spacing": ("spacing", bool(self.spacing)),
-            "eta": ("eta", self.eta > 0),
-            "fixed_steps": ("solver", self.fixed_steps > 0),
-            "steps": ("steps", self.steps is not None),
-        }
-        for name, (option, is_set) in settings.items():
-            if is_set and option not in options:
-                default = type(self).model_fields[name].default
-                raise ValueError(
-                    f"sampling.{name}={getattr(self, name)}: sampler {self.sampler} takes no "
-                    f"{name}; set its default (--config.sampling.{name}={default}) or choose "
-                    "another sampler (docs/samplers.md)"
-                )
+        """Check the fields of the sampler."""
         self.build()
 
     def build(self) -> Sampler:
-        """The sampler, with those of the section's fields that its class has."""
-        kind, corrector = SAMPLERS[self.sampler], CORRECTORS[self.corrector]
-
-        solver = self.solver()
-        with section_errors(self.section):
-            fields = {
-                "solver": solver,
-                "steps": 500 if self.steps is None else self.steps,
-                "eta": self.eta,
-                "corrector": corrector()
-                if self.corrector == "none"
-                else corrector(steps=self.corrector_steps, snr=self.snr),
-                **({"spacing": self.spacing} if self.spacing else {}),
-                **self.own,
-            }
-            names = {f.name for f in dataclasses.fields(kind)}
-            return kind(**{name: value for name, value in fields.items() if name in names})
+        """The sampler, with the corrector or the solver if its class has one."""
+        sampler: Any = self.sampler.build()
+        has = {field.name for field in dataclasses.fields(sampler)}
+        for part, name, usual in (("corrector", "name", "none"), ("solver", "fixed_steps", 0)):
+            value = getattr(getattr(self, part), name)
+            if part not in has and value != usual:
+                raise ValueError(
+                    f"sampling.{part}.{name}={value}: the sampler {self.sampler.name} has no "
+                    f"{part}: leave it out, or choose another sampler (docs/samplers.md)"
+                )
+        parts = {"corrector": self.corrector.build(), "solver": self.solver.build()}
+        return dataclasses.replace(sampler, **{name: parts[name] for name in parts if name in has})
 
 
 class Latents(Section):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -103,11 +102,11 @@ class Trained:
             shape=experiment.shape,
             levels=experiment.levels,
             eps=experiment.eval_eps if eps is None else eps,
-            trace=config.divergence(),
-            solver=dataclasses.replace(config.solver(), adjoint="reverse"),
+            trace=config.ode.divergence(),
+            solver=dataclasses.replace(config.ode.build(), adjoint="reverse"),
             batch_size=sharding.round_up(config.batch_size),
             seed=config.seed,
-            budget=config.solver_budget,
+            budget=config.ode.solver_budget,
             classes=self.classes,
         )
 
@@ -115,7 +114,7 @@ class Trained:
         """The density of the whitened rows of a table, as :meth:`density`."""
         config = self.experiment.config.eval
         # Without a setting the trace is exact, which costs little in so few dimensions.
-        trace = config.divergence() if config.trace else None
+        trace = config.ode.divergence() if config.ode.trace else None
         return dataclasses.replace(self.density(), shape=(columns,), levels=None, trace=trace)
 
 
@@ -141,11 +140,11 @@ def _of_table(experiment: Experiment, folder: Workdir) -> Density:
     """The density of the rows of a table in the units of its file."""
     if folder.has(WHITENING):
         stored = folder.read(WHITENING)
-        whitening, step = Whitening.of_arrays(stored), int(stored["step"])
+        step, links = int(stored["step"]), tuple(stored["links"].tolist())
+        whitening = Whitening(links, stored["mean"], stored["factor"])
     else:  # A run of an older version has the name of the step, and the file of the rows.
         step = int(folder.read(TABLE)["results"][0]["chosen"].split()[1])
-        rows = experiment.config.data.load("train")
-        assert isinstance(rows, Rows)
+        rows: Rows = experiment.config.data.load("train")
         whitening = rows.whitening
         metadata = experiment.config.training.checkpoints(folder).metadata() or {}
         if rows.fingerprint["sha256"] != metadata["data"]["sha256"]:
@@ -153,9 +152,7 @@ def _of_table(experiment: Experiment, folder: Workdir) -> Density:
                 f"{experiment.config.data.path} has other rows than those on which {folder} was "
                 "trained, so their whitening is not known: restore the file, or train again"
             )
-    first = Restored(0, experiment.init_state(), {})
-    candidates = itertools.chain([first], experiment.restore_each(folder))
-    chosen = next((each for each in candidates if each.step == step), None)
+    chosen = next((each for each in experiment.restore_each(folder) if each.step == step), None)
     if chosen is None:
         raise ValueError(f"no undamaged checkpoint of step {step} in {folder}: train again")
     of_rows = Trained(experiment, chosen, folder).density_of_rows(len(whitening.mean))

@@ -83,20 +83,33 @@ class Loop(Section):
         return 1
 
 
-def proposal_name(section: str, importance: str, importance_sampling: bool) -> str:
-    """The name of the proposal of the times that these two fields of ``section`` choose, a key of
-    ``times.PROPOSALS``."""
-    if importance_sampling:
-        return IMPORTANCE[importance]
-    if importance != "noise":
-        raise ValueError(
-            f"{section}.importance={importance} with {section}.importance_sampling=False: it has "
-            f"no effect on uniform times; set --config.{section}.importance_sampling=True"
-        )
-    return "uniform"
+class Times(Section):
+    """How the times of a training or of a bound are drawn."""
+
+    times: Annotated[str, among(DRAWS)] = field("lattice", "how the times are spread")
+    importance_sampling: bool = field(True, "draw times by importance; False: uniform in t")
+    importance: Annotated[str, among(IMPORTANCE)] = field(
+        "noise",
+        "noise: uniform in log-SNR, as in the paper; velocity: with a density over log-SNR that is "
+        "proportional to its sigmoid, which is alpha^2 for vp",
+    )
+
+    def check(self) -> None:
+        """Check that the importance has an effect."""
+        if self.importance != "noise" and not self.importance_sampling:
+            name = self.name_of("importance")
+            raise ValueError(
+                f"{name}={self.importance} with {name}_sampling=False: it has no effect on uniform "
+                f"times; set --config.{name}_sampling=True"
+            )
+
+    @property
+    def proposal_name(self) -> str:
+        """The name of the proposal of the times, a key of ``times.PROPOSALS``."""
+        return IMPORTANCE[self.importance] if self.importance_sampling else "uniform"
 
 
-class Training(Loop):
+class Training(Loop, Times):
     """Settings of ``--mode=train``, the training of the score."""
 
     section: ClassVar[str] = "training"
@@ -105,12 +118,6 @@ class Training(Loop):
 
     likelihood_weighting: bool = field(
         True, "weight the loss by w = g^2 / sigma^2; False: w = 1 (sbml.losses)"
-    )
-    importance_sampling: bool = field(True, "draw times by importance; False: uniform in t")
-    importance: Annotated[str, among(IMPORTANCE)] = field(
-        "noise",
-        "noise: uniform in log-SNR, as in the paper; velocity: with a density over log-SNR that is "
-        "proportional to its sigmoid, which is alpha^2 for vp",
     )
     discrete_levels: int = field(
         0,
@@ -134,7 +141,6 @@ class Training(Loop):
         ge=1,
         lt=2**10,
     )
-    times: Annotated[str, among(DRAWS)] = field("lattice", "how the times of a batch are spread")
     noises: Annotated[str, among(NOISES)] = field(
         "antithetic", "antithetic: each image has two rows, with noises z and -z"
     )
@@ -172,7 +178,7 @@ class Training(Loop):
                 )
         if self.discrete_levels == 1:
             raise refusal("training.discrete_levels", 1, "0, or at least 2")
-        proposal_name(self.section, self.importance, self.importance_sampling)
+        super().check()
 
     @property
     def antithetic(self) -> bool:
@@ -202,9 +208,7 @@ class Training(Loop):
         if self.discrete_levels:
             return Grid(self.discrete_levels)
         with section_errors(self.name_of("smallest_time")):
-            return PROPOSALS[
-                proposal_name(self.section, self.importance, self.importance_sampling)
-            ](sde, eps)
+            return PROPOSALS[self.proposal_name](sde, eps)
 
 
 class DequantizerTraining(Loop):

@@ -26,7 +26,7 @@ def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> E
     if levels != digits.LEVELS:
         raise ValueError(
             f"the digits classifier is for {digits.LEVELS} grey levels, but these images have "
-            f"{levels}: set eval.features=inception"
+            f"{levels}: set eval.quality.features=inception"
         )
     model, accuracy = _fitted()
 
@@ -34,7 +34,7 @@ def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> E
         if images.shape[1:] != (8, 8, 1):
             raise ValueError(
                 f"images of shape {images.shape[1:]}: the digits classifier needs (8, 8, 1); set "
-                "eval.features=inception"
+                "eval.quality.features=inception"
             )
         flat = images.reshape(len(images), -1) / (digits.LEVELS - 1)
         hidden = np.maximum(flat @ model.coefs_[0] + model.intercepts_[0], 0)

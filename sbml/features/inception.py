@@ -4,8 +4,7 @@
 
 The network is the one that TensorFlow published in 2015; pytorch-fid distributes its weights as a
 PyTorch state dict. The user provides this file: nothing is downloaded. The file is checked by its
-SHA-256 and read once; its batch normalisations are folded into the convolutions, and the resulting
-arrays are cached.
+SHA-256, and its batch normalisations are folded into the convolutions.
 
 The Inception Score here is computed over all images at once, from the network's probabilities.
 Salimans et al. instead average it over ten tenths of the images and leave out the bias of the last
@@ -21,14 +20,11 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
-from sbml.data import Options
 from sbml.features import Extractor
 from sbml.runtime import weights as files
-from sbml.runtime.files import intact_npz, write_npz
 from sbml.runtime.trees import differences
 from sbml.types import Array, PyTree
 
@@ -36,7 +32,9 @@ FILE = "pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d"  # The first digits: PyTorch puts them at the end of the name of a weights file.
 SIZE, BATCH, EPSILON = 299, 50, 1e-3
 
-average = functools.partial(nn.avg_pool, window_shape=(3, 3), padding="SAME")
+same: Any = {"window_shape": (3, 3), "padding": "SAME"}
+average = functools.partial(nn.avg_pool, **same, count_include_pad=False)
+largest = functools.partial(nn.max_pool, **same)
 halve = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
 
 # A branch is a list of convolutions.
@@ -79,55 +77,50 @@ def _conv(x: Array, name: str, features: int, kernel: tuple[int, int], stride: i
 class Model(nn.Module):
     """Features ``(n, 2048)`` and logits ``(n, classes)`` of ``x (n, 299, 299, 3)`` in [-1, 1].
 
-    Attributes:
-      classes: number of classes; 1008 in the weights of FID.
-      fid: pool as TensorFlow's network of 2015: averages do not count the padding, and the last
-        block takes the maximum. False: pool as torchvision's network.
+    As in TensorFlow's network of 2015, and other than in torchvision's, averages do not count the
+    padding, and the last block takes the maximum.
     """
 
     classes: int = 1008
-    fid: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, Array]:
-        pool = functools.partial(average, count_include_pad=not self.fid)
-        last = functools.partial(nn.max_pool, window_shape=(3, 3), padding="SAME")
         x = _conv(x, "Conv2d_1a_3x3", 32, (3, 3), 2)
         x = _conv(x, "Conv2d_2a_3x3", 32, (3, 3))
         x = halve(_conv(x, "Conv2d_2b_3x3", 64, (3, 3)))
         x = _conv(x, "Conv2d_3b_1x1", 80, (1, 1))
         x = halve(_conv(x, "Conv2d_4a_3x3", 192, (3, 3)))
         for name, pooled in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
-            x = _Block(_A, pool, pooled, name=name)(x)
+            x = _Block(_A, average, pooled, name=name)(x)
         x = _Block(_B, halve, name="Mixed_6a")(x)
         for name, width in zip("bcde", (128, 160, 160, 192), strict=True):
-            x = _Block(_c(width), pool, 192, name=f"Mixed_6{name}")(x)
+            x = _Block(_c(width), average, 192, name=f"Mixed_6{name}")(x)
         x = _Block(_D, halve, name="Mixed_7a")(x)
-        x = _Block(_E, pool, 192, name="Mixed_7b")(x)
-        x = _Block(_E, last if self.fid else pool, 192, name="Mixed_7c")(x)
+        x = _Block(_E, average, 192, name="Mixed_7b")(x)
+        x = _Block(_E, largest, 192, name="Mixed_7c")(x)
         features = x.mean((1, 2))
         return features, nn.Dense(self.classes, name="fc")(features)
+
+
+def _chain(name: str, *steps: Any) -> list[Convolution]:
+    """The convolutions ``name``_1, ``name``_2 ..., one after the other."""
+    return [(f"{name}_{i}", *step) for i, step in enumerate(steps, 1)]
 
 
 ONE, THREE, FIVE = (1, 1), (3, 3), (5, 5)
 WIDE, TALL = (1, 7), (7, 1)
 _A: Branches = [
     [("branch1x1", 64, ONE)],
-    [("branch5x5_1", 48, ONE), ("branch5x5_2", 64, FIVE)],
-    [("branch3x3dbl_1", 64, ONE), ("branch3x3dbl_2", 96, THREE), ("branch3x3dbl_3", 96, THREE)],
+    _chain("branch5x5", (48, ONE), (64, FIVE)),
+    _chain("branch3x3dbl", (64, ONE), (96, THREE), (96, THREE)),
 ]
 _B: Branches = [
     [("branch3x3", 384, THREE, 2)],
-    [("branch3x3dbl_1", 64, ONE), ("branch3x3dbl_2", 96, THREE), ("branch3x3dbl_3", 96, THREE, 2)],
+    _chain("branch3x3dbl", (64, ONE), (96, THREE), (96, THREE, 2)),
 ]
 _D: Branches = [
-    [("branch3x3_1", 192, ONE), ("branch3x3_2", 320, THREE, 2)],
-    [
-        ("branch7x7x3_1", 192, ONE),
-        ("branch7x7x3_2", 192, WIDE),
-        ("branch7x7x3_3", 192, TALL),
-        ("branch7x7x3_4", 192, THREE, 2),
-    ],
+    _chain("branch3x3", (192, ONE), (320, THREE, 2)),
+    _chain("branch7x7x3", (192, ONE), (192, WIDE), (192, TALL), (192, THREE, 2)),
 ]
 _E: Branches = [
     [("branch1x1", 320, ONE)],
@@ -136,24 +129,17 @@ _E: Branches = [
         [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))],
     ],
     [
-        ("branch3x3dbl_1", 448, ONE),
-        ("branch3x3dbl_2", 384, THREE),
+        *_chain("branch3x3dbl", (448, ONE), (384, THREE)),
         [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))],
     ],
 ]
 
 
-def _c(width: int) -> Branches:
+def _c(n: int) -> Branches:
     return [
         [("branch1x1", 192, ONE)],
-        [("branch7x7_1", width, ONE), ("branch7x7_2", width, WIDE), ("branch7x7_3", 192, TALL)],
-        [
-            ("branch7x7dbl_1", width, ONE),
-            ("branch7x7dbl_2", width, TALL),
-            ("branch7x7dbl_3", width, WIDE),
-            ("branch7x7dbl_4", width, TALL),
-            ("branch7x7dbl_5", 192, WIDE),
-        ],
+        _chain("branch7x7", (n, ONE), (n, WIDE), (192, TALL)),
+        _chain("branch7x7dbl", (n, ONE), (n, TALL), (n, WIDE), (n, TALL), (192, WIDE)),
     ]
 
 
@@ -201,28 +187,23 @@ def look(params: PyTree, images: Array | np.ndarray, model: Model) -> tuple[Arra
 
 
 def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> Extractor:
-    """The extractor of FID, KID and IS with the file ``weights``, whose conversion is cached."""
+    """The extractor of FID, KID and IS with the file ``weights``; ``cache`` is not used."""
     path = Path(weights).expanduser()
     if not path.is_file():
         raise ValueError(
             f"FID, KID and IS need Inception's weights: download {FILE} from the releases of "
-            "https://github.com/mseitzer/pytorch-fid and set --config.eval.inception_weights to "
-            f"it (now {weights!r}), or use another eval.features"
+            "https://github.com/mseitzer/pytorch-fid and set "
+            f"--config.eval.quality.inception_weights to it (now {weights!r}), or use another "
+            "eval.quality.features"
         )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(sha256):
         raise ValueError(
             f"{path} has the SHA-256 {digest}, not {sha256}...: download it again, or set "
-            "eval.inception_sha256 if you want to use other weights"
+            "eval.quality.inception_sha256 if you want to use other weights"
         )
-    folder = epath.Path(Options(cache_dir=cache or None).cache) / "features"
-    stored = intact_npz(folder / f"inception-{digest[:16]}.npz")
-    if stored is None:
-        stored = flatten_dict(from_state_dict(files.read(path, "PyTorch state dict")), sep="/")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_npz(folder / f"inception-{digest[:16]}.npz", stored)
-    params: PyTree = unflatten_dict(stored, sep="/")
+    params: PyTree = from_state_dict(files.read(path, "PyTorch state dict"))
     model, params = Model(len(params["fc"]["bias"])), jax.device_put(params)
 
     def features(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

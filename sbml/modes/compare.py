@@ -1,5 +1,6 @@
 """Compares evaluated runs on one page: ``--mode=compare --runs=runs/a,runs/b``."""
 
+from sbml.experiment import renamed
 from sbml.report import comparison
 from sbml.report.comparison import Run
 from sbml.report.result import strict
@@ -20,6 +21,8 @@ def run(workdir: Workdir | None = None, runs: str = "") -> None:
         raise ValueError(f"--runs={runs}: one of the names is empty; leave it out")
     workdirs = [Workdir(path).connect() for path in paths]
     evaluated = list(map(Run.read, workdirs, comparison.short_names(workdirs)))
+    for run in evaluated:
+        run.evaluation["config"] = renamed.stored(run.evaluation["config"])
     numbers = comparison.compare(evaluated)
     workdir = workdir or Workdir("runs/comparison")
     workdir.write("comparison.json", strict(numbers))

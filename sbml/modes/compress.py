@@ -81,7 +81,7 @@ def run(trained: Trained, preemption: Preemption, source: str = "") -> Workdir:
         f"  bound    {bound.mean:.4f} +- {bound.this_set.ci95:.4f} bits/dim in {chain.steps} steps "
         "for these images"
     )
-    for warning in bound.warnings("eval."):
+    for warning in bound.warnings("eval.bound."):
         logging.warning("bound: %s", warning)
     print(f"compressed in {time.perf_counter() - start:.0f} s")
     return workdir

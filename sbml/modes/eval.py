@@ -64,7 +64,7 @@ def run(trained: Trained, preemption: Preemption) -> Workdir:
         results.append(run.result(numbers[-1]))
         print(results[-1].line)
     profiled = next((run for run in runs if run.cell.kind.reducible), None)
-    loss = levels.measure(inputs, profiled) if profiled and config.level_images else None
+    loss = levels.measure(inputs, profiled) if profiled and config.bound.level_images else None
     classifier = classify(inputs)
     for name, text in with_half_widths(classifier).items():
         print(f"classifier: {name} {text}")

@@ -96,7 +96,7 @@ def run(trained: Trained) -> None:
     sde, eps, sampler = experiment.sde, experiment.sampling_eps, options.sampler()
     # The term ``correction`` of a likelihood corrects the error of the solver's path. There is no
     # such term here, so the tolerances are ten times smaller.
-    ode: dict[str, Any] = {"sde": sde, "solver": config.eval.solver().tighter(10)}
+    ode: dict[str, Any] = {"sde": sde, "solver": config.eval.ode.build().tighter(10)}
     colours = config.data.shape[-1] == 3
     tasks = {"inpainting": False, **({"colourisation": True} if colours else {})}
     bar = Bar(f"latents of {len(ids)} images", "picture", 2 + len(tasks))

@@ -89,8 +89,8 @@ def run(experiment: Experiment, workdir: Workdir) -> Workdir:
 
 
 def extractor(config: Config) -> Extractor:
-    """The extractor that ``eval.features`` names."""
-    e = config.eval
+    """The extractor that ``eval.quality.features`` names."""
+    e = config.eval.quality
     made: Extractor = EXTRACTORS[e.features](
         weights=e.inception_weights,
         sha256=e.inception_sha256,
@@ -99,7 +99,7 @@ def extractor(config: Config) -> Extractor:
     )
     if not isinstance(made, Extractor):
         raise ValueError(
-            f"eval.features={e.features} returns {shown(made)}: let it return an "
+            f"eval.quality.features={e.features} returns {shown(made)}: let it return an "
             "sbml.features.Extractor"
         )
     return made

@@ -72,7 +72,7 @@ def run(trained: Trained, preemption: Preemption) -> Workdir:
         workdir.write_bytes(name, picture)
     workdir.keep("samples_strip.png", strips)  # Without frames, it is of an earlier run.
     print(
-        f"{len(drawn.images)} samples by {config.sampler}, {drawn.nfe.mean():.0f} evaluations "
+        f"{len(drawn.images)} samples by {config.sampler.name}, {drawn.nfe.mean():.0f} evaluations "
         f"each: {workdir / 'samples.png'}"
     )
     return workdir

@@ -34,7 +34,7 @@ from sbml.modes.train import Learner, fit
 from sbml.progress import over
 from sbml.report import table as page
 from sbml.runtime import metrics
-from sbml.runtime.checkpoint import OtherModelError, Restored
+from sbml.runtime.checkpoint import OtherModelError
 from sbml.runtime.workdir import TABLE, WHITENING, Workdir
 from sbml.score import LEVELS
 from sbml.streams import stream
@@ -73,15 +73,20 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     """Train, choose a checkpoint, evaluate, and write ``table.json`` (the numbers), ``table.npz``
     (log p of each test row under each model, and samples) and ``report.html``."""
     section, start = experiment.config.data, time.perf_counter()
-    rows, validation, test = (section.load(split) for split in ("train", data.VALIDATION, "test"))
-    assert isinstance(test, Rows)
-    config = experiment.config.replace(data=section.replace(shape=test.shape, flip=False))
-    experiment = Experiment(config)
+    rows: Rows = section.load("train")
+    validation: Rows = section.load(data.VALIDATION)
+    test: Rows = section.load("test")
+    # The network takes a row as an image with one pixel in each line.
+    shape = len(test.columns), 1, 1
+    experiment = Experiment(
+        experiment.config.replace(data=section.replace(shape=shape, flip=False))
+    )
+    config = experiment.config
     with jax.default_matmul_precision(config.eval.precision):
         fit(experiment, workdir, _learner(experiment, rows))
         some = data.spread(len(validation), CHOICE)  # The first rows may all be alike.
-        curve, step, density = _chosen(experiment, workdir, validation.images[some])
-        baselines = densities.fit(*(s.images.astype(np.float64) for s in (rows, validation)))
+        curve, step, density = _chosen(experiment, workdir, validation.array[some])
+        baselines = densities.fit(*(s.array.astype(np.float64) for s in (rows, validation)))
         name = f"log p of {len(test)} standardized rows"
         of_rows = dataclasses.replace(density, transform=test.whitening)
         found = of_rows.logp(test.values, progress=name)
@@ -133,7 +138,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         }
         workdir.write("table.npz", {"row": np.array(test.ids), **logp, "samples": samples})
         workdir.write(TABLE, content)
-        workdir.write(WHITENING, {"step": step, **test.whitening.arrays})
+        workdir.write(WHITENING, {"step": step, **vars(test.whitening)})
         html = page.render(content, test.values, samples, metrics.read(workdir))
         workdir.write_bytes("report.html", html.encode())
     for result in results:
@@ -142,13 +147,12 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     print(f"in {time.perf_counter() - start:.0f} s")
 
 
-def _learner(experiment: Experiment, rows: data.ImageSet) -> Learner:
+def _learner(experiment: Experiment, rows: Rows) -> Learner:
     config = experiment.config
 
     def check(metadata: dict[str, Any]) -> None:
         compatibility.check_training(config, metadata)
-        before = [metadata["data"], *metadata.get("earlier_data", [])]
-        if any(each["sha256"] != rows.fingerprint["sha256"] for each in before):
+        if compatibility.earlier_data(metadata, rows):
             # The rows that are test rows now may have been training rows.
             raise OtherModelError(
                 "the checkpoint was trained on other rows, or on columns with other "
@@ -171,16 +175,15 @@ def _chosen(
     """The mean log p of the ``validation`` rows z at each checkpoint, the step of the largest one,
     and the density at this step."""
     config = experiment.config
-    first = Restored(0, experiment.init_state(), {})
     # NumPy arrays at all steps, so that the program is compiled once. It serves the test rows too,
     # if there are more of them.
     candidates = {
         each.step: dataclasses.replace(
             Trained(experiment, jax.device_get(each), workdir).density_of_rows(validation.shape[1]),
             batch_size=min(config.eval.batch_size, len(validation)),
-            subset=config.eval.subset or len(validation),
+            subset=config.eval.ode.subset or len(validation),
         )
-        for each in (first, *experiment.restore_each(workdir))
+        for each in experiment.restore_each(workdir)
     }
     scores = {}
     name = f"log p of {len(validation)} validation rows"

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from sbml.data import ImageSet, prefetch, train_batches
+from sbml.data import Examples, prefetch, train_batches
 from sbml.evaluation import samples, validation
 from sbml.experiment import compatibility, objective
 from sbml.experiment.build import Experiment
@@ -48,7 +48,7 @@ class NonFiniteLoss(FloatingPointError):
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """What is trained, and on which images.
+    """What is trained, and on which images or rows of a table.
 
     Attributes:
       section: the section of the config with the settings of the training.
@@ -58,17 +58,20 @@ class Learner:
       provenance: the origin of a checkpoint, stored as its metadata.
       check: a function of a checkpoint's metadata that raises an OtherModelError if training must
         not continue from it.
+      labels: the number of each image's class, ``(n,)``, so that a batch is a pair of images and
+        labels; None if a batch is only images.
       frozen: arrays that the loss needs and that are not trained.
       validate: a function from the state to numbers for the log; None for no validation.
       picture: a function from the state to a uint8 grid of samples; None for no pictures.
     """
 
     section: Loop
-    images: ImageSet
+    images: Examples
     init: Callable[[], TrainState]
     update: Update
     provenance: dict[str, Any]
     check: Callable[[dict[str, Any]], None]
+    labels: np.ndarray | None = None
     frozen: Any = ()
     validate: Callable[[TrainState], dict[str, float]] | None = None
     picture: Callable[[TrainState], np.ndarray] | None = None
@@ -116,6 +119,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         update=objective.update(experiment),
         provenance=provenance,
         check=check_metadata,
+        labels=experiment.labels(images),
         validate=validation.validator(experiment, images, provenance, workdir)
         if config.training.validate_every
         else None,
@@ -170,7 +174,7 @@ def fit(experiment: Experiment, workdir: Workdir, learner: Learner) -> None:
             flip=experiment.config.data.flip,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            labels=experiment.labels(images),
+            labels=learner.labels,
         )
         split = sharding.batch_sharding(mesh, axis=int(stride > 1))
 
@@ -248,7 +252,7 @@ def fit(experiment: Experiment, workdir: Workdir, learner: Learner) -> None:
     preemption.leave_if_requested(f"step {done} is saved")
 
 
-def _check_batch_size(section: Loop, images: ImageSet) -> None:
+def _check_batch_size(section: Loop, images: Examples) -> None:
     """Check that a batch divides into equal parts on each device, and has no image twice."""
     devices, rows = jax.device_count(), section.rows_per_image
     name, size = section.name_of("batch_size"), section.batch_size

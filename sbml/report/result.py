@@ -83,7 +83,7 @@ class Result:
       this_set_stderr, this_set_ci95, this_set_interval: the same for this set of images, with the
         noise of the random draws only.
       converged: whether all numbers are finite and the solver's error is within
-        ``eval.solver_budget``; None for a bound.
+        ``eval.ode.solver_budget``; None for a bound.
       solver_error, solver_error_ci95: the mean difference from a stricter solve, and the half-width
         of its 95% interval, in bits/dim; None for a bound.
       solver_images: the number of images on which the solver's error was measured; None for a
@@ -96,7 +96,7 @@ class Result:
       sweeps: the number of sweeps of a bound; None for the ODE.
       tail: Pareto's k of the draws or of the weights of their times (``Estimate.tail``); None for
         the ODE, and for few draws.
-      target_se: ``eval.target_se``; None for the ODE.
+      target_se: ``eval.bound.target_se``; None for the ODE.
       nonfinite: the number of images whose bits/dim are not finite.
       min, max, median: the smallest, the largest and the median bits/dim of an image; the median
         is that of the finite numbers.
@@ -179,7 +179,7 @@ class Result:
                 "solver_error": gap.mean,
                 "solver_error_ci95": gap.ci95,
                 "solver_images": gap.n,
-                "unconverged": number.unconverged("eval.") or None,
+                "unconverged": number.unconverged("eval.ode.") or None,
                 "prior_error": number.prior_error.mean if number.prior_error else None,
                 "prior_error_each": number.prior_error.each if number.prior_error else None,
             }

@@ -1,5 +1,6 @@
-"""A set of images of one size and a finite number of levels, and where it came from; a part of it,
-held out to choose settings without the test images."""
+"""The examples of a split, and where they came from: images of one size and a finite number of
+levels, or rows of a table (``sbml.data.table``). A part of the training examples can be held out,
+to choose settings without those of the test."""
 
 import hashlib
 import json
@@ -8,7 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -19,6 +20,8 @@ SPLITS = ("train", "test")
 VALIDATION = "validation"  # the training images that are held out, if there are any
 
 CROPS = ("center", "random", "squash")
+
+E = TypeVar("E", bound="Examples")
 
 
 @typed
@@ -63,36 +66,88 @@ class Options:
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet:
-    """Images with ``levels`` integer values a channel, 0 .. levels - 1.
+class Examples:
+    """Examples of one shape: what a training needs of its data.
 
     Attributes:
+      unit: what an example is called in messages.
+      each: the fields that hold something for each example.
       name: as given to ``load``, for instance ``tfds:cifar10``.
       version: that of the source, or a hash of the files from which the images were cut.
       split: the source's name of it (the test split of ImageNet is its "validation"), and which
-        part of it this is if some training images are held out.
-      images: uint8 (n, height, width, channels); may be memory-mapped.
-      levels: number of values a channel can take, 2 .. 256.
-      ids: a readable name for each image, or None.
-      scenes: the name of what each image shows, or None. Images of one scene, such as crops of one
-        photo, are held out together.
-      skipped: "file: reason" for each file that should be in the set but could not be read.
-      caution: a warning for readers of a mean over these images; empty if there is none.
-      labels: the name of the class of each image, an array of texts ``(n,)``, or None.
-      unit: what an example is called in messages.
+        part of it this is if some training examples are held out.
+      array: all examples ``(n, *shape)``; may be memory-mapped.
+      ids: a readable name for each example, or None.
+      caution: a warning for readers of a mean over these examples; empty if there is none.
     """
 
-    unit: ClassVar[str] = "image"
+    unit: ClassVar[str] = "example"
+    each: ClassVar[tuple[str, ...]] = ("array", "ids")
 
     name: str
     version: str
     split: str
-    images: np.ndarray = field(repr=False)
+    array: np.ndarray = field(repr=False)
+    ids: tuple[str, ...] | None = field(default=None, repr=False, kw_only=True)
+    caution: str = field(default="", kw_only=True)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one example; of an image (height, width, channels)."""
+        return self.array.shape[1:]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The sorted names of the classes of the examples; () if they have none."""
+        return ()
+
+    @property
+    def groups(self) -> np.ndarray:
+        """The group of each example ``(n,)``; a group is held out as a whole."""
+        return np.arange(len(self))
+
+    @cached_property
+    def fingerprint(self) -> Json:
+        """Plain values that identify the examples: their origin and the hash of every number.
+
+        Keys: name, version, split, count, shape, levels (of images), sha256 (hex, of the array in C
+        order) and id, the first 12 hex digits of the hash of all the others.
+        """
+        digest, rows = hashlib.sha256(), max(1, (1 << 24) // self.array[0].nbytes)
+        for start in range(0, len(self), rows):
+            digest.update(self.array[start : start + rows].tobytes())
+        found: Json = {"name": self.name, "version": self.version, "split": self.split}
+        found |= {"count": len(self), "shape": list(self.shape), **self._more()}
+        found |= {"sha256": digest.hexdigest()}
+        canonical = json.dumps(found, sort_keys=True).encode()
+        return {**found, "id": hashlib.sha256(canonical).hexdigest()[:12]}
+
+    def _more(self) -> Json:
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet(Examples):
+    """Images with ``levels`` integer values a channel, 0 .. levels - 1.
+
+    Attributes:
+      array: the images, uint8 (n, height, width, channels).
+      levels: number of values a channel can take, 2 .. 256.
+      scenes: the name of what each image shows, or None. Images of one scene, such as crops of one
+        photo, are held out together.
+      skipped: "file: reason" for each file that should be in the set but could not be read.
+      labels: the name of the class of each image, an array of texts ``(n,)``, or None.
+    """
+
+    unit: ClassVar[str] = "image"
+    each: ClassVar[tuple[str, ...]] = ("array", "ids", "scenes", "labels")
+
     levels: int = 256
-    ids: tuple[str, ...] | None = field(default=None, repr=False)
     scenes: tuple[str, ...] | None = field(default=None, repr=False)
     skipped: tuple[str, ...] = field(default=(), repr=False)
-    caution: str = ""
     labels: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -110,41 +165,28 @@ class ImageSet:
             if names is not None and len(names) != len(images):
                 raise ValueError(f"{what} has {len(names)} {kind} for {len(images)} images.")
 
-    def __len__(self) -> int:
-        return len(self.images)
+    @property
+    def images(self) -> np.ndarray:
+        """The images, uint8 (n, height, width, channels)."""
+        return self.array
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of one image."""
-        _, height, width, channels = self.images.shape
-        return height, width, channels
+    def classes(self) -> tuple[str, ...]:
+        """The sorted names of the classes; () without labels."""
+        return () if self.labels is None else tuple(np.unique(self.labels).tolist())
 
-    @cached_property
-    def fingerprint(self) -> Json:
-        """Plain values that identify this set: its origin and the hash of every pixel.
+    @property
+    def groups(self) -> np.ndarray:
+        """The scene of each image; without scenes each image is one."""
+        return super().groups if self.scenes is None else np.asarray(self.scenes)
 
-        Keys: name, version, split, count, shape, levels, sha256 (hex, of the pixels in C order) and
-        id, the first 12 hex digits of the hash of all the others.
-        """
-        digest, rows = hashlib.sha256(), max(1, (1 << 24) // self.images[0].nbytes)
-        for start in range(0, len(self), rows):
-            digest.update(self.images[start : start + rows].tobytes())
-        print_: dict[str, str | int | list[int]] = {
-            "name": self.name,
-            "version": self.version,
-            "split": self.split,
-            "count": len(self),
-            "shape": list(self.shape),
-            "levels": self.levels,
-            "sha256": digest.hexdigest(),
-        }
-        canonical = json.dumps(print_, sort_keys=True).encode()
-        return {**print_, "id": hashlib.sha256(canonical).hexdigest()[:12]}
+    def _more(self) -> Json:
+        return {"levels": self.levels}
 
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """Where image sets come from. A source with fields of its own is a frozen dataclass.
+    """Where examples come from. A source with fields of its own is a frozen dataclass.
 
     Attributes:
       collection: whether it holds many sets, named ``source:set``.
@@ -158,8 +200,8 @@ class Source(ABC):
     modes: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def load(self, split: str, options: Options) -> ImageSet:
-        """The images of ``split``, "train" or "test"."""
+    def load(self, split: str, options: Options) -> Examples:
+        """The examples of ``split``, "train" or "test"."""
 
 
 def copies(examples: np.ndarray, train: np.ndarray, what: str) -> str:
@@ -176,48 +218,40 @@ def copies(examples: np.ndarray, train: np.ndarray, what: str) -> str:
     )
 
 
-def held_out(images: ImageSet, size: float) -> np.ndarray:
-    """Which of the training ``images`` are held out for validation, bool ``(n,)``.
+def held_out(examples: Examples, size: float) -> np.ndarray:
+    """Which of the training ``examples`` are held out for validation, bool ``(n,)``.
 
-    The scenes are put in a random order that does not depend on the seed of a run, and the first
-    ones are held out until they have enough images. If a source has no scenes, each image is one.
+    Their groups, such as the scenes of images, are put in a random order that does not depend on
+    the seed of a run, and the first ones are held out until they have enough examples.
 
     Args:
-      images: all training images.
-      size: how many at least, or below 1 their fraction, rounded to a number of images.
+      examples: all training examples.
+      size: how many at least, or below 1 their fraction, rounded to a number of examples.
     """
-    n = len(images)
+    n, unit = len(examples), examples.unit
     wanted = size if size >= 1 else round(size * n)
-    scenes = np.arange(n) if images.scenes is None else np.asarray(images.scenes)
-    names, scene, sizes = np.unique(scenes, return_inverse=True, return_counts=True)
+    names, group, sizes = np.unique(examples.groups, return_inverse=True, return_counts=True)
     order = np.random.RandomState(0).permutation(len(names))
     count = 1 + np.searchsorted(np.cumsum(sizes[order]), wanted)
     if wanted < 1 or count >= len(names):
         raise ValueError(
-            f"data.validation={size:g}: {images.name} has {n} training images"
-            + (f" of {len(names)} scenes, each held out or not" if images.scenes else "")
+            f"data.validation={size:g}: {examples.name} has {n} training {unit}s"
+            + (f" of {len(names)} scenes, each held out or not" if len(names) < n else "")
             + "; hold out one at least, and leave one to train on"
         )
-    return np.isin(scene, order[:count])
+    return np.isin(group, order[:count])
 
 
-def part(images: ImageSet, size: float, held: bool) -> ImageSet:
-    """The images that :func:`held_out` chooses, or the rest, in their order: a copy in memory."""
-    chosen = np.flatnonzero(held_out(images, size) == held)
-
-    def of(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        return None if names is None else tuple(names[i] for i in chosen)
-
-    scenes, caution = of(images.scenes), images.caution
-    if scenes is not None:
-        caution = f"{len(set(scenes))} of {len(set(images.scenes or ()))} scenes; {caution}"
-    return replace(
-        images,
-        split=f"{images.split}, {'held out' if held else 'the rest'}",
-        images=images.images[chosen],
-        ids=of(images.ids),
-        scenes=scenes,
-        skipped=() if held else images.skipped,
-        labels=None if images.labels is None else images.labels[chosen],
-        caution=caution,
-    )
+def part(examples: E, size: float, held: bool) -> E:
+    """The examples that :func:`held_out` chooses, or the rest, in their order: a copy in memory."""
+    chosen, groups = np.flatnonzero(held_out(examples, size) == held), examples.groups
+    fields: dict[str, Any] = {"split": f"{examples.split}, {'held out' if held else 'the rest'}"}
+    for name in examples.each:
+        if isinstance(whole := getattr(examples, name), np.ndarray):
+            fields[name] = whole[chosen]
+        elif whole is not None:
+            fields[name] = tuple(whole[i] for i in chosen)
+    if (count := len(set(groups))) < len(groups):
+        few = f"{len(set(groups[chosen]))} of {count} scenes"
+        fields["caution"] = f"{few}; {examples.caution}"
+    return replace(examples, **fields)

@@ -118,9 +118,12 @@ def check_map(name: str, family: str, d: int, n: int) -> None:
     for dtype, atol in ((jnp.float64, 1e-5), (jnp.float32, 1e-3)):
         score = gaussian(sde, jnp.asarray(mean, dtype), jnp.asarray(variances, dtype))
         z = jax.vmap(lambda key: sde.prior_sample(key, (d,)))(jax.random.split(jax.random.key(0)))
+
+        def draw(z: Array, score: Any = score) -> Any:
+            return sampler.sample_logp(score, sde, z, eps=EPS)
+
         with jax.enable_x64(dtype == jnp.float64):
-            draw = jax.jit(jax.vmap(lambda z: sampler.sample_logp(score, sde, z, eps=EPS)))
-            x, found = draw(jnp.asarray(np.asarray(z), dtype))
+            x, found = jax.jit(jax.vmap(draw))(jnp.asarray(np.asarray(z), dtype))
         exact = Reference(sde, gaussian(sde, mean, variances))
         expected = exact.logp_of_affine(sampler, np.asarray(x, float), EPS)
         if name == "ode" and n < 3:  # One long step of Heun's method can fold.
@@ -300,7 +303,7 @@ KEY = jax.random.key(0)
         (lambda d: d.sample_and_log_prob(KEY, 2, sampler=ODE()), "is not a chain of fixed steps"),
         (
             lambda d: d.sample_and_log_prob(KEY, 2, sampler=DPMSolver(3)),
-            "DPMSolver remembers the last prediction",
+            "DPMSolver has no density.*remembers",
         ),
         (lambda d: d.sample_path(KEY, 2, sampler=DDIM(3)), "the variance of its steps is 0"),
         (lambda d: d.sample_path(KEY, 2, sampler=Own(3)), "Own has no density.*transition"),

@@ -25,7 +25,7 @@ sampler is a map of x together with its earlier predictions, and not of x alone.
 import abc
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,11 +109,7 @@ class Path:
 class Chain(abc.ABC):
     """A sampler that is a chain of steps, given by :meth:`times` and :meth:`transition`."""
 
-    @property
-    def no_density(self) -> str:
-        """Why the sampler has no density; empty if it has one."""
-        own = type(self).transition is not Chain.transition
-        return "" if own else "has no density, because it has no method transition"
+    own_obstacle: ClassVar[str] = ""  # why the steps are not normal given x alone
 
     @property
     @abc.abstractmethod
@@ -132,30 +128,35 @@ class Chain(abc.ABC):
         """The distribution of x at time ``t`` given ``x (*s)`` at time ``s`` > ``t``."""
         raise NotImplementedError
 
-    def check_density(self, deterministic: bool) -> None:
-        """Raise a ValueError if the sampler has no density of samples, or if not ``deterministic``,
-        of paths."""
-        if self.no_density:
-            raise ValueError(
-                f"{type(self).__name__} {self.no_density}: use DDIM, Midpoint or Ancestral"
-            )
+    def obstacle(self, deterministic: bool) -> str:
+        """Why the sampler has no density of samples or, if not ``deterministic``, of paths; empty
+        if it has one."""
         corrector = getattr(self, "corrector", None)
+        if type(self).transition is Chain.transition:
+            why = self.own_obstacle or "its class has no method transition"
+            return f"{type(self).__name__} has no density, because {why}: use DDIM or Midpoint"
         if getattr(corrector, "nfe", 0):
-            raise ValueError(
+            return (
                 f"corrector={corrector}: a sampler with a corrector has no density, because its "
                 "steps are not normal given x; leave the corrector out"
             )
         if deterministic and not self.deterministic:
-            raise ValueError(
+            return (
                 f"{self} is not a chain of fixed steps without noise, so its samples have no "
                 "density in closed form: use DDIM(eta=0), Midpoint or "
                 "ODE(Solver('heun', fixed_steps=10)), or the log density of paths"
             )
         if not deterministic and self.deterministic:
-            raise ValueError(
+            return (
                 f"{self} draws no noise, so the variance of its steps is 0 and a path has no "
                 "density: use Ancestral or DDIM(eta=1), or log p of its samples"
             )
+        return ""
+
+    def check_density(self, deterministic: bool) -> None:
+        """Raise a ValueError if there is an :meth:`obstacle`."""
+        if reason := self.obstacle(deterministic):
+            raise ValueError(reason)
 
     @checked
     def sample_logp(

@@ -10,6 +10,7 @@ Reference: Lu et al. 2022, "DPM-Solver++", algorithm 2.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -25,13 +26,10 @@ from sbml.types import Array, Example, Score
 class DPMSolver(FixedSteps):
     """A deterministic sampler for 10 to 50 steps."""
 
+    own_obstacle: ClassVar[str] = "it remembers predictions, so a step is no map of x alone"
+
     steps: Count = 20
     spacing: Spacing = "log_snr"
-
-    @property
-    def no_density(self) -> str:
-        """See ``Chain``."""
-        return "remembers the last prediction, so its steps are no maps of x alone"
 
     def init(self, z: Example) -> tuple[Example, Array]:
         return jnp.zeros_like(z), jnp.asarray(0)

@@ -10,6 +10,7 @@ that of the ODE at the default of ``Density``.
 
 import argparse
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -64,9 +65,8 @@ def table(name: str, density: sbml.Density, unit: float, evaluations: tuple[int,
             found = density.gap(key, SAMPLES, sampler)
             weights = np.exp(-found.values - np.max(-found.values))
             effective = weights.sum() ** 2 / (weights**2).sum() / len(weights)
-            took = seconds(
-                lambda sampler=sampler: density.sample_and_log_prob(key, SAMPLES, sampler=sampler)
-            )
+            draw = functools.partial(density.sample_and_log_prob, key, SAMPLES, sampler=sampler)
+            took = seconds(draw)
             print(
                 f"| {name} | {label} | {count} | {effective:.3f} | {found.mean / unit:.4f} +- "
                 f"{found.population.ci95 / unit:.4f} | {took / usual:.2f} |",

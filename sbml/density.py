@@ -600,7 +600,8 @@ class Density:
         walk = functools.partial(_walk, log_target, step)
         y, u_y = _each(walk, (x[:count], keys), self.batch_size)
         of_target = np.asarray(u_y, float) - log_prob(self, y, count)
-        return Importance.of(np.asarray(x), u - np.asarray(logp, float), error, of_target)
+        weights, evaluations = u - np.asarray(logp, float), None if sampler is None else sampler.nfe
+        return Importance.of(np.asarray(x), weights, error, of_target, evaluations)
 
     @checked
     def gap(

@@ -210,6 +210,7 @@ def test_weights_of_a_sampler_and_its_gap() -> None:
     )
     assert abs(found.log_z.mean - 3) < 1.5 * found.log_z.ci95 < 0.03
     assert found.effective > 900 and found.solver_error.mean == 0
+    assert found.evaluations == 20 and "20 evaluations for a sample" in str(found)
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ class FixedSteps(Chain):
 
     @property
     def nfe(self) -> int:
-        """The number of network evaluations for one sample."""
+        """See ``Chain``."""
         return self.steps * (self.evaluations + self.corrector.nfe)
 
     @property

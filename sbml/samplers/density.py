@@ -120,6 +120,11 @@ class Chain(abc.ABC):
         """S, the factor from x_0 to the latent."""
         return sde.stretch
 
+    @property
+    @abc.abstractmethod
+    def nfe(self) -> int:
+        """The number of network evaluations for one sample."""
+
     @abc.abstractmethod
     def times(self, sde: SDE, eps: Number) -> Times:
         """The times of the steps, from that of x_0 = z / S down to ``eps``."""

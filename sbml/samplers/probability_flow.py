@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sbml.door import checked, typed
-from sbml.ode import Solver, Stats, flow
+from sbml.ode import METHODS, Solver, Stats, flow
 from sbml.samplers._grid import Path, Times, denoise, frames_of
 from sbml.samplers.density import Chain, Transition
 from sbml.scalars import Count, Number
@@ -78,6 +78,12 @@ class ODE(Chain):
     def deterministic(self) -> bool:
         """See ``Chain``: whether the steps are fixed. With step control, they depend on x."""
         return self.solver.fixed_steps is not None
+
+    @property
+    def nfe(self) -> int:
+        """See ``Chain``: of fixed steps, each of which is a solve by itself."""
+        _, step, start = METHODS[self.solver.method]
+        return (self.solver.fixed_steps or self.solver.max_steps) * (step + start)
 
     def stretch(self, sde: SDE) -> Number:
         """See ``Chain``: the solve begins at T."""

@@ -35,6 +35,7 @@ class Bar(tqdm):
     """
 
     n: int
+    leave: bool
     delay: float  # infinite until the bar is shown
     monitor_interval = 0  # tqdm's own thread is not needed.
 

@@ -1,6 +1,6 @@
 """``python -m sbml`` does what the command ``sbml`` does."""
 
-from sbml.main import run
+import runpy
 
 if __name__ == "__main__":
-    run()
+    runpy.run_module("sbml.main", run_name="__main__", alter_sys=True)

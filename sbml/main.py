@@ -48,7 +48,7 @@ from sbml.experiment.training import Training
 from sbml.modes import GIVEN, MODES, OF_CONFIG, Mode, parameters_of
 from sbml.modes import overview as modes_in_words
 from sbml.registry import hint
-from sbml.runtime import cpu, peers, refusals, sharding
+from sbml.runtime import cpu, peers, refusals
 from sbml.runtime.workdir import Workdir
 from sbml.scalars import notation
 
@@ -228,7 +228,8 @@ def _run(options: Namespace, own: ConfigDict | None) -> None:
         raise app.UsageError(f"give {model}; without either, --mode=verify; see --help")
     chosen = {name: MODES[name] for name in names}
     check_flags(chosen, options)
-    from sbml.modes._runner import Command  # here, because --help does not need it
+    from sbml.modes._runner import Command  # here, because --help does not need them
+    from sbml.runtime import sharding
 
     needing = [name for name in chosen if parameters_of(chosen[name]) & OF_CONFIG]
     if not needing:

@@ -30,8 +30,8 @@ from typing import Annotated, NamedTuple
 
 import jax
 import numpy as np
+import scipy
 from jaxtyping import Integer, Real
-from scipy import special
 
 from sbml.door import typed
 from sbml.scalars import Count, at_least
@@ -99,7 +99,7 @@ def difference(one: Interval, other: Interval) -> Interval:
 @typed
 def half_width(stderr: NotNegative, freedom: NotNegative) -> float:
     """Student's 97.5% quantile times ``stderr``; infinite if ``freedom`` is 0."""
-    return float(special.stdtrit(freedom, 0.975)) * stderr if freedom > 0 else math.inf
+    return float(scipy.special.stdtrit(freedom, 0.975)) * stderr if freedom > 0 else math.inf
 
 
 @typed
@@ -163,7 +163,7 @@ def pareto_k(deviations: Real[np.ndarray | jax.Array, "..."]) -> float:
         return np.mean(np.log1p(-theta[:, None] * tail), axis=1)
 
     each = shape(theta)
-    weights = special.softmax(count * (np.log(-theta / each) - each - 1))
+    weights = scipy.special.softmax(count * (np.log(-theta / each) - each - 1))
     k = float(shape(np.atleast_1d(weights @ theta))[0])
     return (count * k + 10 * 0.5) / (count + 10)
 

@@ -1,18 +1,42 @@
 """sbml --config=digits_vp [--mode=train,eval,sample] [--workdir=DIR] [--config.FIELD=VALUE ...]
 
 Also as python -m sbml.main. The modes read flags of their own, such as --source=DIR.
+
+What one needs first:
+  --config=NAME              A config: the name of a file in configs/, or the path of any config
+                             file. It is not needed with the --workdir of a run that has a
+                             checkpoint, which holds the config.
+  --mode=MODE,...            Modes to run, in this order; default: the field mode of the config.
+  --workdir=DIR              Folder of the results; default: runs/<name of the config>.
+  --trust=NAME,...           Parts of other packages, package.module:Name, or whole packages, whose
+                             code may run although only a file of --workdir names them.
+  --source=PATH              What the modes convert, compress and decompress read.
+  --config.FIELD=VALUE       A field of the config, such as --config.eval.ode.rtol=1e-5.
+
+Several processes, and errors:
+  --coordinator=HOST:PORT    HOST:PORT of process 0, or auto (TPU pods, Slurm).
+  --num_processes=N          Number of processes, unless --coordinator=auto.
+  --process_id=I             Number of this process from 0, unless --coordinator=auto.
+  --traceback                Show the traceback of an error.
+  --verbosity=0              Show also notes, not only warnings and errors.
 """
 
+import contextlib
+import functools
 import inspect
 import logging as stdlib_logging
 import pathlib
+import re
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from argparse import ArgumentError, Namespace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 from absl import app, flags, logging
+from absl.flags.argparse_flags import ArgumentParser
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
@@ -24,117 +48,65 @@ from sbml.experiment.training import Training
 from sbml.modes import GIVEN, MODES, OF_CONFIG, Mode, parameters_of
 from sbml.modes import overview as modes_in_words
 from sbml.registry import hint
-from sbml.runtime import cpu, peers, refusals, sharding
+from sbml.runtime import cpu, peers, refusals
 from sbml.runtime.workdir import Workdir
 from sbml.scalars import notation
 
-CONFIG = flags.DEFINE_string(
-    "config",
-    None,
-    "A config: the name of a file in configs/, or the path of any config file. It is not needed "
-    "with the --workdir of a run that has a checkpoint, which holds the config.",
-)
-MODE = flags.DEFINE_list(
-    "mode", None, "Modes to run, in this order; default: the field mode of the config."
-)
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the results; default: runs/<name of the config>."
-)
-TRUST = flags.DEFINE_list(
-    "trust",
-    [],
-    "Parts of other packages, package.module:Name, or whole packages, whose code may run although "
-    "only a file of --workdir names them.",
-)
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "For several processes: HOST:PORT of process 0, or auto (TPU pods, Slurm)."
-)
-PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Number of processes, unless --coordinator=auto."
-)
-PROCESS = flags.DEFINE_integer(
-    "process_id", None, "Number of this process from 0, unless --coordinator=auto."
-)
-TRACEBACK = flags.DEFINE_boolean("traceback", False, "Show the traceback of an error.")
-MODEL = "--config=configs/<name>.py, or --workdir of a run that has a checkpoint"
+
+def _names(text: str) -> list[str]:
+    return re.findall(r"[^,\s]+", text)
+
+
+# What the values of the flags are.
+KINDS: dict[str, Callable[[str], Any]] = {
+    **{"config": str, "mode": _names, "workdir": str, "trust": _names},
+    **{"coordinator": str, "num_processes": int, "process_id": int},
+}
 
 
 def usage() -> str:
-    """The text of ``--help``: what one needs first, the modes, the sections of the config."""
-
-    def group(title: str, *entries: tuple[str, str]) -> str:
-        return "\n".join([f"{title}:", *(reference.entry(*each) for each in entries)])
-
-    def own(*pairs: tuple[str, flags.FlagHolder]) -> list[tuple[str, str]]:
-        return [(head, str(flags.FLAGS[flag.name].help)) for head, flag in pairs]
-
-    return "\n\n".join(
-        [
-            str(__doc__).strip(),
-            group(
-                "What one needs first",
-                *own(("--config=NAME", CONFIG)),
-                ("", f"Names: {', '.join(configs.named())}."),
-                *own(("--mode=MODE,...", MODE), ("--workdir=DIR", WORKDIR)),
-                *own(("--trust=NAME,...", TRUST)),
-                ("--source=PATH", "What the modes convert, compress and decompress read."),
-                (
-                    "--config.FIELD=VALUE",
-                    "A field of the config, such as --config.eval.ode.rtol=1e-5.",
-                ),
-            ),
-            group("Modes", *modes_in_words()),
-            "\n".join(["Fields of the config, by section:", *reference.overview()]),
-            group(
-                "Several processes, and errors",
-                *own(("--coordinator=HOST:PORT", COORDINATOR), ("--num_processes=N", PROCESSES)),
-                *own(("--process_id=I", PROCESS), ("--traceback", TRACEBACK)),
-                ("--helpfull", "All flags, also of the packages that are used."),
-            ),
-        ]
-    )
+    """The text of ``--help``: what one needs first, the configs, the modes, the fields."""
+    names = f"Configs:\n{reference.entry('', ', '.join(configs.named()))}"
+    modes = "\n".join(["Modes:", *(reference.entry(*each) for each in modes_in_words())])
+    fields = "\n".join(["Fields of the config, by section:", *reference.overview()])
+    return "\n\n".join([str(__doc__).strip(), names, modes, fields])
 
 
-def parse(arguments: list[str]) -> list[str]:
-    """Set the flags that this file defines, and return the other arguments: fields of the config,
-    and flags of the modes."""
-    for argument in arguments[1:]:
-        try:
-            argument.encode()
-        except UnicodeEncodeError:
-            shown = refusals.readable(argument)
-            sys.exit(f"UsageError: {shown} is not in UTF-8: give another name or value")
-        if argument in ("--help", "-h", "--h") or argument.startswith("--help="):
-            section = argument.partition("=")[2]
-            try:
-                print(reference.text(section) if section else usage())
-            except ValueError as error:
-                sys.exit(f"UsageError: {refusals.readable(str(error))}")
-            sys.exit(0)
-    flags.FLAGS.set_gnu_getopt(True)
+def parse(arguments: Sequence[str]) -> Namespace:
+    """The flags that this file reads; and as texts by their names, the ``fields`` of the config and
+    the ``own`` flags of the modes. If a name is given several times, its last value counts."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name, kind in KINDS.items():
+        parser.add_argument(f"--{name}", type=kind)
+    parser.set_defaults(trust=[], fields=[], own=[])
+    parser.add_argument("--traceback", action="store_true")
+    parser.add_argument("--help", "-h", nargs="?", const="")
     try:
-        rest: list[str] = flags.FLAGS(arguments, known_only=True)
-    except flags.Error as error:
+        for argument in arguments[1:]:
+            flag = argument.partition("=")[0]
+            if any("\ud800" <= c <= "\udfff" for c in argument):
+                raise ValueError(f"{argument} is not in UTF-8: give another name or value")
+            if flag.startswith("--"):
+                name = flag.removeprefix("--").removeprefix("config.")
+                dest = "fields" if flag.startswith("--config.") else "own"
+                pair = functools.partial(lambda *pair: pair, name)
+                with contextlib.suppress(ArgumentError):  # The flag is known.
+                    parser.add_argument(flag, dest=dest, action="append", type=pair)
+        options, rest = parser.parse_known_args(arguments[1:])
+        if rest:
+            raise ValueError(f"unknown: {rest[0]}; set fields as --config.field=value")
+        if options.help is not None:
+            print(reference.text(options.help) if options.help else usage())
+            sys.exit(0)
+    except ArgumentError as error:
+        said, name = f"{error.argument_name}: {error.message}", str(error.argument_name)
+        if "expected" in error.message:
+            said += f": give {name}=VALUE{near(name.removeprefix('--'))}"
+        sys.exit(f"UsageError: {refusals.readable(said)}")
+    except (ValueError, flags.Error) as error:
         sys.exit(f"UsageError: {refusals.readable(str(error))}")
-    return rest
-
-
-def values_of(arguments: Sequence[str]) -> dict[str, str]:
-    """The values in arguments such as ``--config.eval.seed=3`` or ``--source DIR``, by name. If a
-    name is given several times, its last value counts.
-    """
-    values, rest = {}, list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        name, equals, value = argument.lstrip("-").partition("=")
-        if not argument.startswith("-"):
-            raise app.UsageError(f"unknown: {argument}; set fields as --config.field=value")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise app.UsageError(f"{argument} has no value: give {argument}=VALUE{near(name)}")
-            value = rest.pop(0)
-        values[name] = value
-    return values
+    options.fields, options.own = dict(options.fields), dict(options.own)
+    return options
 
 
 def flags_of_modes() -> dict[str, set[str]]:
@@ -144,19 +116,15 @@ def flags_of_modes() -> dict[str, set[str]]:
 
 def near(name: str) -> str:
     """The end of a message about an unknown flag ``name``: the flag that is most like it."""
-    known = {"help", *flags.FLAGS}.union(*flags_of_modes().values()) - {name}
-    return hint(f"--{name}", [f"--{flag}" for flag in known])
+    known = {*KINDS, "help", "traceback"}.union(*flags_of_modes().values())
+    return "" if name in known else hint(f"--{name}", [f"--{flag}" for flag in known])
 
 
-def flags_of(chosen: Mapping[str, Mode], given: Mapping[str, str]) -> dict[str, str]:
-    """The flags of the modes, by name, from the arguments that are ``given``.
-
-    An argument that no mode uses is refused, and so is a mode without a flag that it needs.
-    """
+def check_flags(chosen: Mapping[str, Mode], options: Namespace) -> None:
+    """Refuse a flag that no mode uses, and a mode without a flag that it needs."""
     used = set().union(*map(parameters_of, chosen.values()))
     names = ", ".join(chosen)
-    own = {name: value for name, value in given.items() if not name.startswith("config.")}
-    for name in own:
+    for name in options.own:
         if name not in used - GIVEN:
             if owners := [mode for mode, has in flags_of_modes().items() if name in has]:
                 raise app.UsageError(
@@ -165,24 +133,24 @@ def flags_of(chosen: Mapping[str, Mode], given: Mapping[str, str]) -> dict[str, 
             raise app.UsageError(f"unknown flag --{name}{near(name)}")
     for mode, function in chosen.items():
         for name, parameter in inspect.signature(function).parameters.items():
-            if parameter.default is parameter.empty and name not in {*GIVEN, *own}:
+            if parameter.default is parameter.empty and name not in {*GIVEN, *options.own}:
                 raise app.UsageError(f"--mode={mode} needs --{name}=VALUE")
     folder = OF_CONFIG | {"workdir"}
     for name, users in (("config", OF_CONFIG), ("coordinator", OF_CONFIG), ("workdir", folder)):
-        is_set = flags.FLAGS[name].value is not None or (name == "config" and len(given) > len(own))
+        is_set = vars(options)[name] is not None or (name == "config" and options.fields)
         if is_set and not users & used:
             raise app.UsageError(f"--mode={names} does not use --{name}: leave it out")
-    return own
 
 
-def check_values() -> None:
-    """Check the values of the flags that this file defines."""
-    for flag, what in ((CONFIG, "config"), (WORKDIR, "folder")):
-        if flag.value is not None and not flag.value.strip():
-            raise app.UsageError(f"--{flag.name}= names no {what}: give one, or leave the flag out")
-    if MODE.value is not None and not MODE.value:
+def check_values(options: Namespace) -> None:
+    """Check the values of the flags that this file reads."""
+    for name, what in (("config", "config"), ("workdir", "folder")):
+        value = vars(options)[name]
+        if value is not None and not value.strip():
+            raise app.UsageError(f"--{name}= names no {what}: give one, or leave the flag out")
+    if options.mode == []:
         raise app.UsageError(f"--mode= names no mode: choose from {', '.join(MODES)}")
-    address, count, own = COORDINATOR.value, PROCESSES.value, PROCESS.value
+    address, count, own = options.coordinator, options.num_processes, options.process_id
     if address == "auto" or address is None and count is None and own is None:
         return
     if count is None or own is None or not 0 <= own < count:
@@ -203,86 +171,84 @@ def run_name(config: str) -> str:
     return "_".join(filter(None, [name, *argument.split("/")])).replace(":", "_")
 
 
-def read_config(
-    given: Mapping[str, str], own: ConfigDict | None
-) -> tuple[Config | None, Workdir | None]:
+def read_config(options: Namespace, own: ConfigDict | None) -> tuple[Config | None, Workdir | None]:
     """The config of the command line and the work directory. ``own`` is that of ``--config``.
 
     Without it, it is the config in the checkpoint of ``--workdir``, if there is one.
     """
-    workdir = None if WORKDIR.value is None else Workdir(WORKDIR.value).connect()
-    prefix = "config."
-    fields = {n.removeprefix(prefix): v for n, v in given.items() if n.startswith(prefix)}
+    workdir = None if options.workdir is None else Workdir(options.workdir).connect()
     if own is not None:
-        workdir = workdir or Workdir(f"runs/{run_name(str(CONFIG.value))}")
-        return configs.with_overrides(own, fields), workdir
+        workdir = workdir or Workdir(f"runs/{run_name(options.config)}")
+        return configs.with_overrides(own, options.fields), workdir
     if workdir is not None and workdir.has(Training.folder):
-        return configs.of_checkpoint(workdir, fields), workdir
+        return configs.of_checkpoint(workdir, options.fields), workdir
     return None, workdir
 
 
-def settings(config: Config, given: Mapping[str, str]) -> str:
+def settings(config: Config, fields: Iterable[str]) -> str:
     """The fields that the command line sets, as they were read; empty if there are none."""
-    prefix = "config."
-    fields = {n.removeprefix(prefix): v for n, v in given.items() if n.startswith(prefix)}
-    names = renamed.current(fields, config.sampling.sampler.name, stdlib_logging.DEBUG)
+    names = renamed.current(
+        dict.fromkeys(fields, ""), config.sampling.sampler.name, stdlib_logging.DEBUG
+    )
     values = flatten_dict(config.plain(), sep=".")
     each = [f"--config.{name}={notation(values[name])}" for name in names if name in values]
     return f", with {' '.join(each)}" if each else ""
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(options: Namespace) -> None:
     """Run the modes in order; a refusal ends in one line, and with the status 1; Ctrl-C ends with
     the status 130."""
     try:
-        _main(arguments)
+        _main(options)
     except KeyboardInterrupt:
-        if TRACEBACK.value:
+        if options.traceback:
             raise
         logging.warning("interrupted")
         raise SystemExit(128 + signal.SIGINT) from None
     except peers.LostProcessError as error:
-        peers.leave(traceback.format_exc() if TRACEBACK.value else f"{refusals.line(error)}")
+        peers.leave(traceback.format_exc() if options.traceback else f"{refusals.line(error)}")
     except Exception as error:
-        if TRACEBACK.value or (line := refusals.line(error)) is None:
+        if options.traceback or (line := refusals.line(error)) is None:
             raise
         sys.exit(line)
 
 
-def _main(arguments: Sequence[str]) -> None:
-    check_values()
-    given = values_of(arguments[1:])
-    own = None if CONFIG.value is None else configs.load(CONFIG.value)
-    named = configs.parts_in(own and own.to_dict(), given, MODE.value)
-    with registry.only({*TRUST.value, *named}):
-        _run(given, own)
+def _main(options: Namespace) -> None:
+    check_values(options)
+    own = None if options.config is None else configs.load(options.config)
+    given = options.fields, options.own, options.mode
+    named = configs.parts_in(own and own.to_dict(), *given)
+    with registry.only({*options.trust, *named}):
+        _run(options, own)
 
 
-def _run(given: Mapping[str, str], own_config: ConfigDict | None) -> None:
-    """Run the modes. The names in ``own_config``, the config of ``--config``, are the user's."""
-    config, workdir = read_config(given, own_config)
-    names = MODE.value or (config and config.mode)
+def _run(options: Namespace, own: ConfigDict | None) -> None:
+    """Run the modes. The names in ``own``, the config of ``--config``, are the user's."""
+    config, workdir = read_config(options, own)
+    names = options.mode or (config and config.mode)
+    model = "--config=configs/<name>.py, or --workdir of a run that has a checkpoint"
     if not names:
-        raise app.UsageError(f"give {MODEL}; without either, --mode=verify; see --help")
+        raise app.UsageError(f"give {model}; without either, --mode=verify; see --help")
     chosen = {name: MODES[name] for name in names}
-    own = flags_of(chosen, given)
-    from sbml.modes._runner import Command  # here, because --help does not need it
+    check_flags(chosen, options)
+    from sbml.modes._runner import Command  # here, because --help does not need them
+    from sbml.runtime import sharding
 
     needing = [name for name in chosen if parameters_of(chosen[name]) & OF_CONFIG]
     if not needing:
-        Command(None, workdir, own).execute(chosen)
+        Command(None, workdir, options.own).execute(chosen)
         return
     if config is None or workdir is None:
-        raise app.UsageError(f"--mode={needing[0]} needs {MODEL}")
-    if COORDINATOR.value:
-        address = None if COORDINATOR.value == "auto" else COORDINATOR.value
-        jax.distributed.initialize(address, PROCESSES.value, PROCESS.value)
+        raise app.UsageError(f"--mode={needing[0]} needs {model}")
+    if options.coordinator:
+        address = None if options.coordinator == "auto" else options.coordinator
+        jax.distributed.initialize(address, options.num_processes, options.process_id)
     cpu.settle()
     compiler.check()
     workdir.path.mkdir(parents=True, exist_ok=True)
     sharding.check_shared(workdir.path)
-    print(f"{', '.join(chosen)} in {workdir}{settings(config, given)}")
-    Command(config, workdir, own).execute(chosen)
+    print(f"{', '.join(chosen)} in {workdir}{settings(config, options.fields)}")
+    Command(config, workdir, options.own).execute(chosen)
 
 
 def quiet() -> None:
@@ -304,6 +270,11 @@ def quiet() -> None:
     )
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command ``sbml``."""
     quiet()
     app.run(main, flags_parser=parse)
+
+
+if __name__ == "__main__":
+    run()

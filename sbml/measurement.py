@@ -24,7 +24,7 @@ the bound of the codec and ``Density`` are measurements with other arguments.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -228,12 +228,9 @@ class Measurement:
             found = store.read(sweep)
         return {name: column[np.isin(found["id"], ids)] for name, column in found.items()}
 
-    def bar(self, count: int, sweep: int = 0, solver: Solver | None = None, sweeps: int = 0) -> Bar:
-        """A progress bar that shows the mean of the numbers so far.
-
-        It counts ``count`` rows, which ``solver`` computes in ``sweep``. If ``sweeps`` is not 0, it
-        counts as many rows in each of ``sweeps`` sweeps.
-        """
+    def bar(self, count: int, sweep: int = 0, solver: Solver | None = None) -> Bar:
+        """A progress bar of ``count`` rows, which ``solver`` computes in ``sweep``; it shows the
+        mean of the numbers so far."""
         stricter = solver not in (None, self.solver)
         note = ", stricter solver" if stricter else ", new draws" if sweep else ""
         integers = self.target.levels is not None
@@ -242,10 +239,8 @@ class Measurement:
             "image" if integers else "example",
             count,
             quantity="bits/dim" if integers else "nats",
-            times=max(1, sweeps),
             compiles=not note,  # Otherwise the function is compiled already.
             leave=not note,
-            wait=sweeps > 0,
         )
 
     def batches(
@@ -333,14 +328,14 @@ class Measurement:
     def _by_sweeps(self) -> Estimate:
         tables: list[Columns] = []
         needed = max(self.sweeps, min(FIRST_SWEEPS, self.max_sweeps) if self.target_se else 1)
-        with self.bar(len(self.ids), sweeps=needed) as bar:
+        with closing(self.bar(len(self.ids) * needed)) as bar:
             while len(tables) < needed:
                 tables.append(self.rows(self.ids, len(tables), bar=bar))
                 if self.target_se and len(tables) == needed < self.max_sweeps:
                     ratio = self.sweep_stderr(tables) / self.target_se
                     if ratio > 1:  # The standard error falls as 1 / sqrt(sweeps).
                         needed = math.ceil(min(self.max_sweeps, max(needed + 1, needed * ratio**2)))
-                        bar.times = needed
+                        bar.total = len(self.ids) * needed
         return self.of_sweeps(tables)
 
     def of_sweeps(self, tables: Sequence[Columns]) -> Estimate:

@@ -21,20 +21,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from equinox.internal import nondifferentiable_backward
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Integer
 
-from sbml import divergence, pytrees, quadrature, scalars
+from sbml import divergence, pytrees, scalars
 from sbml.divergence import Trace
 from sbml.door import checked, typed
-from sbml.quadrature import Joint, WithIntegral, beside_integral
 from sbml.scalars import (
     Number,
     above_0,
@@ -50,6 +47,7 @@ from sbml.sdes import SDE
 from sbml.types import (
     Array,
     Example,
+    Joint,
     Key,
     PyTree,
     Scalar,
@@ -62,6 +60,9 @@ from sbml.types import (
     predictor,
 )
 
+if TYPE_CHECKING:  # Otherwise a function imports it, because it takes half a second.
+    import diffrax
+
 # A larger tolerance than 1 would accept every step.
 Tolerance = Annotated[Number, above_0, at_most(1)]
 Instant = Annotated[Number, between(0, 1)]
@@ -69,14 +70,14 @@ End = Annotated[Number, finite, at_least(0)]  # of a solve of any ODE
 Steps = Annotated[int, between(1, 2**31 - 2)]  # They and one more are counted by int32 numbers.
 Field = Callable[[Scalar, Example], Example]  # (t, y) -> dy/dt
 
-# method: (solver, evaluations of the field in a step, evaluations at the start). dopri5 and tsit5
-# have seven stages, but the last stage of a step is the first stage of the next. So they evaluate
-# the field once at the start, and six times in each step.
-METHODS: dict[str, tuple[type[diffrax.AbstractSolver], int, int]] = {
-    "dopri5": (diffrax.Dopri5, 6, 1),
-    "tsit5": (diffrax.Tsit5, 6, 1),
-    "heun": (diffrax.Heun, 2, 0),
-    "euler": (diffrax.Euler, 1, 0),
+# method: (class of diffrax, evaluations of the field in a step, evaluations at the start). dopri5
+# and tsit5 have seven stages, but the last stage of a step is the first stage of the next. So they
+# evaluate the field once at the start, and six times in each step.
+METHODS = {
+    "dopri5": ("Dopri5", 6, 1),
+    "tsit5": ("Tsit5", 6, 1),
+    "heun": ("Heun", 2, 0),
+    "euler": ("Euler", 1, 0),
 }
 
 # A likelihood takes 8 to 100 steps, and about 200 at a tolerance of 1e-10 in float64. More than
@@ -349,6 +350,8 @@ def solve_with_integral(
       (y(t1), the integral of h dt from t0 to t1, its correction by w) and stats. The three are NaN
       if the solver gave up.
     """
+    from sbml.quadrature import WithIntegral, beside_integral
+
     y = in_full_precision(y)
     # WithIntegral goes forwards only: backwards in time the coordinate is -u.
     sign = -1 if backwards else 1
@@ -375,6 +378,8 @@ def most_evaluations(solver: Solver) -> int:
 
 def _evaluations_with_integral(solver: Solver) -> tuple[int, int]:
     """The numbers of evaluations in a step and at the start."""
+    from sbml import quadrature
+
     return METHODS[solver.method][1] - 1 + quadrature.PER_STEP, quadrature.ONCE
 
 
@@ -399,8 +404,10 @@ def _in_u(field: Field, solver: Solver, sign: int = 1) -> Callable[..., Array]:
     return rate
 
 
-def _method(solver: Solver) -> diffrax.AbstractSolver:
-    kind = METHODS[solver.method][0]
+def _method(solver: Solver) -> "diffrax.AbstractSolver":
+    import diffrax
+
+    kind = getattr(diffrax, METHODS[solver.method][0])
     if not issubclass(kind, diffrax.AbstractRungeKutta):
         return kind()
     # These are diffrax's own choices for the adjoints of ``_integrate``, but it does not make them
@@ -410,29 +417,17 @@ def _method(solver: Solver) -> diffrax.AbstractSolver:
     return kind(scan_kind="bounded" if solver.fixed_steps else "lax")
 
 
-def _adjoint(solver: Solver) -> diffrax.AbstractAdjoint:
+def _adjoint(solver: Solver) -> "diffrax.AbstractAdjoint":
+    import diffrax
+
     if solver.adjoint == "reverse":
         return diffrax.RecursiveCheckpointAdjoint()
     return diffrax.DirectAdjoint() if solver.fixed_steps else diffrax.ForwardMode()
 
 
-class _Control(diffrax.PIDController):
-    """Step control that gives up after a rejected step if the next one would not change the time.
-
-    Otherwise every step up to ``max_steps`` would be rejected, as where the velocity is not finite.
-    """
-
-    def adapt_step_size(self, *args: Any) -> Any:
-        adapted: Any = super().adapt_step_size(*args)
-        accepted, start, end, *rest, result = adapted
-        gave_up = diffrax.RESULTS.dt_min_reached
-        result = diffrax.RESULTS.where(accepted | (end > start), result, gave_up)
-        return accepted, start, end, *rest, result
-
-
 def _integrate(
     rates: Callable[..., PyTree],
-    method: diffrax.AbstractSolver,
+    method: "diffrax.AbstractSolver",
     t0: Number,
     t1: Number,
     start: PyTree,
@@ -442,6 +437,11 @@ def _integrate(
 ) -> tuple[PyTree, Stats]:
     """The solution of d(state)/d(sign u) = rates at ``t1`` from ``start`` at ``t0``, and the stats;
     ``evaluations`` are the numbers of evaluations of the field in a step and at the start."""
+    import diffrax
+    from equinox.internal import nondifferentiable_backward
+
+    from sbml.quadrature import Control
+
     check_tolerances(solver, jax.tree.leaves(start)[0].dtype)
     u0, u1 = sign * t0 ** (1 / solver.power), sign * t1 ** (1 / solver.power)
     length, max_steps = u1 - u0, solver.max_steps
@@ -451,7 +451,7 @@ def _integrate(
         max_steps = solver.fixed_steps + 1
     else:
         first = jnp.sign(length) * jnp.minimum(solver.first_step, jnp.abs(length))
-        controller = _Control(
+        controller = Control(
             rtol=solver.rtol,
             atol=solver.atol,
             pcoeff=solver.pcoeff,

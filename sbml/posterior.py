@@ -32,9 +32,9 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import scipy
 from jaxtyping import Float
 from numpy.typing import ArrayLike
-from scipy import special
 
 from sbml import intervals
 from sbml.intervals import Interval
@@ -91,7 +91,7 @@ class Posterior:
         ``prior_error`` gives sqrt(2 KL) in nats of the examples with weights ``(n,)``.
         """
         lost = ~np.isfinite(logp).all(axis=1)
-        tables = [special.log_softmax(t + log_prior, axis=1) for t in (logp, strict, again)]
+        tables = [scipy.special.log_softmax(t + log_prior, axis=1) for t in (logp, strict, again)]
         tables[0][lost] = np.nan
         first, *others = tables[0][subset], *tables[1:]
         mean = intervals.mean_interval

@@ -1,44 +1,43 @@
-"""Progress bars on the standard error, of process 0 only.
+"""Progress bars on the standard error, of process 0 only, drawn by tqdm.
 
-In a terminal a bar is one line that is written again and again; in a log file it is a plain line
-every 30 seconds:
+In a terminal and in a notebook a bar is one line that is written again and again; in a log file it
+is a plain line every 30 seconds:
 
-    ode uniform |#####     | 36 of 72 images, 5.0/s, 7 s left, 1.772 bits/dim
-    ode uniform: 36 of 72 images, 5.0/s, 7 s left, 1.772 bits/dim
+    ode uniform:  50%|#####     | 36/72 [01:09<00:07,  5.00 image/s, 1.772 bits/dim]
+    ode uniform:  50% 36/72 [01:09<00:07,  5.00 image/s, 1.772 bits/dim]
 
 The first result takes long, because the function is compiled before it. So a bar says "compiling"
-until the first result, and its speed and remaining time come from the later results only.
+until the first result, and its speed and remaining time come from the later results only. tqdm has
+neither this nor plain lines for a log.
 """
 
-import os
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Self, TextIO
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any, Self
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from sbml.types import T
 
-EVERY = 0.1, 30.0  # seconds between two writings in a terminal, and in a log
-WIDTH = 10  # characters of the drawn bar
 
-
-class Bar:
+class Bar(tqdm):
     """A bar of ``total`` items, of which ``done`` were there before; use it as a context manager.
 
-    Attributes:
+    Args:
       name: what is done, as the result calls it; without a name nothing is shown.
       unit: the singular of what is counted.
-      total, times, n: there are ``times`` x ``total`` items, of which ``n`` are done; ``times``
-        may change.
       quantity: what the values of :meth:`add` are, such as "bits/dim". The bar shows their mean.
       compiles: whether a function is compiled before the first result.
       leave: whether the finished bar stays in the terminal.
-      wait: whether the bar is shown only from :meth:`show` or :meth:`update` on, because all items
-        may have been computed and stored earlier.
     """
+
+    n: int
+    leave: bool
+    delay: float  # infinite until the bar is shown
+    monitor_interval = 0  # tqdm's own thread is not needed.
 
     def __init__(
         self,
@@ -47,35 +46,54 @@ class Bar:
         total: int,
         done: int = 0,
         *,
-        times: int = 1,
         quantity: str = "",
         compiles: bool = True,
         leave: bool = True,
-        wait: bool = False,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.name, self.unit, self.total, self.times, self.n = name, unit, total, times, done
-        self.quantity, self.compiles, self.leave, self.wait = quantity, compiles, leave, wait
-        self._stream, self._clock, self._text = stream or sys.stderr, clock, ""
-        self._live = self._stream.isatty() or "ipykernel" in type(self._stream).__module__
-        self._hidden = not name or jax.process_index() > 0
+        self._live = live = sys.stderr.isatty() or "ipykernel" in type(sys.stderr).__module__
+        self._begun = threading.Event()  # There is a result.
+        self._compiles, self._quantity, self._text, self._shown = compiles, quantity, "", ""
         self._sum, self._count = 0.0, 0  # of the values
-        self._computed, self._first = 0, 0  # computed here, and of those in the first result
-        self._start = self._since = self._written = clock()
-        self._shown = ""  # the line that was written last
+        self._before, self._since = done, 0.0  # items that do not count for the speed, which begins
+        super().__init__(
+            **{"desc": name, "unit": f" {unit}", "total": total, "initial": done},
+            **{"file": sys.stderr, "disable": not name or jax.process_index() > 0},
+            **{"mininterval": 0.1 if live else 30, "miniters": 0, "delay": np.inf},
+            **{"leave": live and leave, "ascii": True},
+            **{"ncols": None if live else 0, "dynamic_ncols": live},
+        )
+
+    def __enter__(self) -> Self:
+        self.show()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.leave = self.leave or (self._live and any(error))
+        super().__exit__(*error)
+
+    def show(self) -> None:
+        """Show that the first item is being computed; a log says this only of a compilation."""
+        if self.disable or not self.delay or not (self._live or self._compiles):
+            return
+        self.delay = 0
+        self.refresh()
+        if self._live:
+            threading.Thread(target=self._tick, daemon=True).start()
+
+    def _tick(self) -> None:
+        while not self._begun.wait(1):
+            self.refresh()
 
     def update(self, n: int = 1, text: str | None = None) -> None:
         """Count ``n`` new items, and show ``text``, or the earlier text if it is None."""
-        self.n += n
+        if self.disable:
+            return
         self._text = self._text if text is None else text
-        now = self._clock()
-        if not self._computed:
-            self._first, self._since = n, now
-            self._written = self._written if self._live else now  # A log waits for a speed.
-        self._computed += n
-        if now - self._written >= EVERY[not self._live]:
-            self._write(now)
+        if not self._begun.is_set():
+            self._begun.set()
+            self.delay, self._before, self._since = 0, self.n + n, self._time()
+            self.last_print_t = -np.inf if self._live else self._since  # A log waits for a speed.
+        super().update(n)
 
     def add(self, values: np.ndarray, *, stored: bool = False) -> None:
         """Count items with these ``values (n,)``, and show the mean of all values so far.
@@ -83,84 +101,46 @@ class Bar:
         ``stored`` items were computed earlier, so they do not count for the speed.
         """
         self._sum, self._count = self._sum + float(np.sum(values)), self._count + len(values)
-        text = f"{self._sum / self._count:.3f} {self.quantity}" if self._count else ""
+        self._text = f"{self._sum / self._count:.3f} {self._quantity}" if self._count else ""
         if stored:
-            self.n, self._text = self.n + len(values), text
+            self.n, self._before = self.n + len(values), self._before + len(values)
         else:
-            self.update(len(values), text)
+            self.update(len(values))
 
-    def show(self) -> None:
-        """Show that the first item is being computed; a log says this only of a compilation."""
-        if not self._computed and (self._live or self.compiles):
-            self._write(self._clock())
+    def close(self) -> None:
+        """End the bar; if it was never shown, nothing is shown."""
+        self._begun.set()
+        if not (self._live or self.disable or self.delay):
+            self.display()
+        super().close()
 
-    def __enter__(self) -> Self:
-        if not self.wait:
-            self.show()
-        return self
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What tqdm writes."""
+        words = ["compiling" if self._compiles and not self._since else "", self._text]
+        seconds = self._time() - self._since if self._since else 0
+        rate = (self.n - self._before) / seconds if seconds else 0
+        postfix = ", ".join(filter(None, words))
+        found = super().format_dict
+        if self._live and (found["ncols"] or 0) < 1:  # Some terminals do not tell their size.
+            found["ncols"] = None
+        return found | {"initial": self.n, "rate": rate or None, "postfix": postfix}
 
-    def __exit__(self, *error: object) -> None:
-        self._write(self._clock())
-        if self._live and not self._hidden:
-            blank = "\r" + " " * len(self._shown) + "\r"
-            print("\n" if self.leave or any(error) else blank, end="", file=self._stream)
-
-    def line(self, now: float) -> str:
-        """What the bar says at the time ``now``, in words."""
-        missing = self.times * self.total - self.n
-        times = f"{self.times} x " if self.times > 1 else ""
-        parts = [f"{self.n:,} of {times}{self.total:,} {self.unit}s"]
-        if not missing and self._computed:
-            parts[0] += f" in {duration(now - self._start)}"
-        elif missing and self.compiles and not self._computed:
-            parts.append("compiling")
-        elif missing and self._computed > self._first and now > self._since:
-            rate = (self._computed - self._first) / (now - self._since)
-            parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
-            parts.append(f"{duration(missing / rate)} left")
-        return ", ".join([*parts, *filter(None, [self._text])])
-
-    def _write(self, now: float) -> None:
-        if self._hidden:
-            return
-        self._written, line = now, self.line(now)
-        text, start, end = f"{self.name}: {line}", "", "\n"
+    def display(self, msg: str | None = None, pos: int | None = None) -> Any:
+        """Draw the bar, or write a line of the log."""
         if self._live:
-            drawn = "#" * int(WIDTH * self.n / max(1, self.times * self.total))
-            long, columns = f"{self.name} |{drawn:{WIDTH}}| {line}", self._columns()
-            text = (long if len(long) < columns else text)[: columns - 1]
-            start, end = "\r", " " * (len(self._shown) - len(text))
-        if text != self._shown:
-            print(f"{start}{text}", end=end, file=self._stream, flush=True)
-        self._shown = text
-
-    def _columns(self) -> int:
-        """The width of the terminal, and 80 if it does not tell."""
-        try:
-            return os.get_terminal_size(self._stream.fileno()).columns or 80
-        except (OSError, ValueError):
-            return 80
+            self.nrows = None
+            return super().display(msg, pos)
+        if msg is None and str(self) != self._shown:
+            self._shown = str(self)
+            print(self._shown, file=self.fp, flush=True)
 
 
 def over(
-    items: Iterable[T],
-    name: str,
-    unit: str,
-    total: int,
-    *,
-    compiles: bool = True,
-    stream: TextIO | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    items: Iterable[T], name: str, unit: str, total: int, *, compiles: bool = True
 ) -> Iterator[T]:
     """``items``, with a :class:`Bar` that counts them."""
-    with Bar(name, unit, total, compiles=compiles, stream=stream, clock=clock) as bar:
+    with Bar(name, unit, total, compiles=compiles) as bar:
         for item in items:
             yield item
             bar.update()
-
-
-def duration(seconds: float) -> str:
-    """A time for people: "7 s", "12 min", "5.3 h"."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

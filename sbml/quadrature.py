@@ -41,13 +41,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from sbml.types import Array, Example, Scalar
+from sbml.types import Array, Joint, Scalar
 
 Four = Float[Array, "4"]
 Seven = Float[Array, "7"]
-
-# (t, y) -> f(t, y), h(t, y) and w(t, y). w has y's shape, or is a scalar 0 if it is not known.
-Joint = Callable[[Scalar, Example], tuple[Example, Scalar, Example]]
 
 PER_STEP, ONCE = 3, 1  # joint evaluations in a step, and at the start
 
@@ -257,3 +254,17 @@ class WithIntegral(diffrax.AbstractAdaptiveSolver):
     def func(self, terms: diffrax.AbstractTerm, t0: Any, y0: State, args: object) -> State:
         slope: State = terms.vf(t0, y0, args)
         return slope
+
+
+class Control(diffrax.PIDController):
+    """Step control that gives up after a rejected step if the next one would not change the time.
+
+    Otherwise every step up to ``max_steps`` would be rejected, as where the velocity is not finite.
+    """
+
+    def adapt_step_size(self, *args: Any) -> Any:
+        adapted: Any = super().adapt_step_size(*args)
+        accepted, start, end, *rest, result = adapted
+        gave_up = diffrax.RESULTS.dt_min_reached
+        result = diffrax.RESULTS.where(accepted | (end > start), result, gave_up)
+        return accepted, start, end, *rest, result

@@ -91,6 +91,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 Score = Callable[[Example, Scalar, Key | None], Example]
+# (t, y) -> dy/dt, h(t, y) and w(t, y). w has y's shape, or is a scalar 0 if it is not known.
+Joint = Callable[[Scalar, Example], tuple[Example, Scalar, Example]]
 # What a score may offer besides its call.
 Optional = Literal["batch", "predictions", "given", "sde", "decoder_nats", "decoder_log_p"]
 BatchScore = Callable[[Batch, Vector, Key | None], Batch]

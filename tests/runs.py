@@ -82,10 +82,10 @@ def _begin(call, arguments, environment, written):
 
 
 def _program(arguments):
-    from sbml import __main__
+    from sbml import main
 
     sys.argv = ["sbml.main", *arguments]
-    __main__.run()
+    main.run()
 
 
 def _code(arguments):

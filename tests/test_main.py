@@ -2,10 +2,9 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -14,8 +13,6 @@ import numpy as np
 import pytest
 import runs
 import tiny
-from absl import app, flags
-from absl.testing import flagsaver
 
 from sbml import bits, divergence, main
 from sbml.experiment.build import Experiment
@@ -36,17 +33,16 @@ CHATTER = "Matplotlib is building the font cache; this may take a moment."
 def test_values_of_fields_and_flags() -> None:
     """The last value of a repeated name counts. A name and its value may be two arguments."""
     given = ["--config.data.shape=8,8,1", "--config.eval.seed", "3", "--config.data.shape=32,32,3"]
-    assert main.values_of([*given, "-source=a=b"]) == {
-        "config.data.shape": "32,32,3",
-        "config.eval.seed": "3",
-        "source": "a=b",
-    }
+    options = main.parse(["main", *given, "--source=a=b", "--mode=train, eval", "--process_id=2"])
+    assert options.fields == {"data.shape": "32,32,3", "eval.seed": "3"}
+    assert options.own == {"source": "a=b"} and options.mode == ["train", "eval"]
+    assert options.process_id == 2 and options.trust == [] and options.workdir is None
     for wrong, message in (
-        (["lr=1"], "unknown: lr=1; set fields as"),
-        (["--runs"], "--runs=VALUE"),
+        (["lr=1"], "UsageError: unknown: lr=1; set fields as"),
+        (["--runs"], "UsageError: --runs: expected one argument: give --runs=VALUE"),
     ):
-        with pytest.raises(app.UsageError, match=message):
-            main.values_of(wrong)
+        with pytest.raises(SystemExit, match=message):
+            main.parse(["main", *wrong])
 
 
 def test_text_of_the_command_line_is_read_by_the_type_of_the_field() -> None:
@@ -98,16 +94,15 @@ def test_the_config_of_a_trained_run_is_read_from_its_work_directory(tmp_path: P
     config.training.update(num_steps=2)
     runs.mode(train.run, config, tmp_path)
     assert of_checkpoint(tmp_path) == Config(**config.to_dict())
-    flags.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(workdir=str(tmp_path), config=None):
-        read, workdir = main.read_config({"config.eval.seed": "3"}, None)
-        expected = Config(**config.to_dict())
-        assert read == expected.replace(eval=expected.eval.replace(seed=3))
-        assert str(workdir) == str(tmp_path)
-    with flagsaver.flagsaver(workdir=str(tmp_path / "new"), config=None):
-        assert main.read_config({}, None)[0] is None
-        own = load("configs/digits_mlp.py")
-        assert main.read_config({}, own)[0] == Config(**own.to_dict())
+    options = main.parse(["main", f"--workdir={tmp_path}", "--config.eval.seed=3"])
+    read, workdir = main.read_config(options, None)
+    expected = Config(**config.to_dict())
+    assert read == expected.replace(eval=expected.eval.replace(seed=3))
+    assert str(workdir) == str(tmp_path)
+    options = main.parse(["main", f"--workdir={tmp_path / 'new'}"])
+    assert main.read_config(options, None)[0] is None
+    own = load("configs/digits_mlp.py")
+    assert main.read_config(options, own)[0] == Config(**own.to_dict())
 
 
 def test_fields_that_a_checkpoint_lacks_have_their_defaults_and_unknown_ones_are_named(monkeypatch):
@@ -168,7 +163,7 @@ def test_help_has_all_modes_sections_and_configs_in_groups(
     shown = capsys.readouterr().out
     assert ended.value.code == 0 and max(map(len, shown.splitlines())) <= 100
     titles = [line for line in shown.splitlines() if line.endswith(":") and line[0] != " "]
-    assert titles[0] == "What one needs first:" and len(titles) == 4
+    assert titles[0] == "What one needs first:" and len(titles) == 5
     assert all(f"  --mode={mode}" in shown for mode in MODES)
     assert "  --mode=train               Trains a score.\n" in shown
     assert "  --mode=decompress [--source=FILE] [--to=FOLDER]\n" in shown
@@ -218,7 +213,7 @@ logging.getLogger("jax").warning("a real warning")
 
 
 @pytest.fixture
-def refusal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+def refusal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """The message with which the program refuses a command line, without starting a process.
 
     If it does not refuse the command line, the test fails before any mode runs.
@@ -226,17 +221,11 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
     monkeypatch.setattr(main.cpu, "settle", lambda: pytest.fail("nothing was refused"))
 
     def run(*arguments: str) -> str:
-        flags.FLAGS.unparse_flags()
-        monkeypatch.setattr(sys, "argv", ["main", *arguments])  # absl reads overrides from it.
         with pytest.raises(SystemExit) as caught:
             main.main(main.parse(["main", *arguments]))
         return str(caught.value.code)
 
-    yield run
-    flags.FLAGS.unparse_flags()
-    processes = ("coordinator", "num_processes", "process_id")
-    for name in ("config", "mode", "workdir", *processes):
-        flags.FLAGS[name].unparse()
+    return run
 
 
 @pytest.mark.parametrize(
@@ -459,13 +448,11 @@ def test_ctrl_c_ends_in_one_line(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(main, "_main", interrupted)
-    monkeypatch.setattr(main, "TRACEBACK", SimpleNamespace(value=False))
     with pytest.raises(SystemExit) as ended:
-        main.main([])
+        main.main(main.parse(["main"]))
     assert ended.value.code == 130 and "interrupted" in caplog.text
-    monkeypatch.setattr(main, "TRACEBACK", SimpleNamespace(value=True))
     with pytest.raises(KeyboardInterrupt):
-        main.main([])
+        main.main(main.parse(["main", "--traceback"]))
 
 
 def test_outside_the_main_thread_no_signal_is_handled() -> None:
@@ -507,9 +494,10 @@ def test_the_start_shows_the_fields_that_the_command_line_sets() -> None:
     config = with_overrides(
         tiny.get_config(), {"eval.ode.rtol": "0.00002", "data.shape": "(8, 8,1)"}
     )
-    given = {"config.eval.ode.rtol": "0.00002", "source": "a", "config.data.shape": "(8, 8,1)"}
     shown = ", with --config.eval.ode.rtol=2e-5 --config.data.shape=8,8,1"
-    assert main.settings(config, given) == shown and not main.settings(config, {"source": "a"})
+    assert main.settings(config, ["eval.ode.rtol", "data.shape"]) == shown
+    assert main.settings(config, ["eval.rtol", "data.shape"]) == shown  # an earlier name
+    assert not main.settings(config, [])
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -1,25 +1,22 @@
 """What the progress bars say, with a clock that the test sets and a stream that it reads."""
 
 import io
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from sbml.progress import Bar, duration, over
+from sbml.progress import Bar, over
 
 
 class Screen(io.StringIO):
-    """A terminal of 80 columns, or a log file."""
+    """A terminal of 90 columns, or a log file, as the standard error."""
 
-    def __init__(self, live: bool) -> None:
-        super().__init__()
-        self.live, self.now = live, 0.0
+    live, now = True, 1.0
 
     def isatty(self) -> bool:
         return self.live
-
-    def bar(self, *arguments, **options) -> Bar:
-        return Bar(*arguments, stream=self, clock=lambda: self.now, **options)
 
     @property
     def lines(self) -> list[str]:
@@ -27,95 +24,116 @@ class Screen(io.StringIO):
         return [line.strip() for line in self.getvalue().replace("\r", "\n").split("\n") if line]
 
 
-def test_the_mean_is_that_of_all_values_and_compiling_is_no_part_of_the_speed() -> None:
-    screen = Screen(live=True)
-    with screen.bar("ode uniform", "image", 40, quantity="bits/dim") as bar:
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    screen = Screen()
+    monkeypatch.setattr("sbml.progress.sys", SimpleNamespace(stderr=screen))
+    monkeypatch.setattr("tqdm.std.time", lambda: screen.now)
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (90, 24))
+    return screen
+
+
+def test_the_mean_is_that_of_all_values_and_compiling_is_no_part_of_the_speed(
+    screen: Screen,
+) -> None:
+    with Bar("ode", "image", 40, quantity="bits/dim") as bar:
         for seconds, values in ((62, [1.0]), (1, [2.0, 4.0]), (1, [5.0]), (36, np.full(36, 3.0))):
             screen.now += seconds
             bar.add(np.asarray(values))
-    assert screen.lines == [
-        "ode uniform |          | 0 of 40 images, compiling",
-        "ode uniform |          | 1 of 40 images, 1.000 bits/dim",
+    drawn = [line.partition("|")[2].partition("|") for line in screen.lines]
+    assert [text.strip() for _, _, text in drawn] == [
+        "0/40 [00:00<?, ? image/s, compiling]",
+        "1/40 [01:02<?, ? image/s, 1.000 bits/dim]",
         # Two images in the second after the first result: 37 / 2 s remain.
-        "ode uniform |          | 3 of 40 images, 2/s, 18 s left, 2.333 bits/dim",
-        "ode uniform |#         | 4 of 40 images, 1.5/s, 24 s left, 3.000 bits/dim",
-        "ode uniform |##########| 40 of 40 images in 100 s, 3.000 bits/dim",
+        "3/40 [01:03<00:18,  2.00 image/s, 2.333 bits/dim]",
+        "4/40 [01:04<00:24,  1.50 image/s, 3.000 bits/dim]",
+        *["40/40 [01:40<00:00,  1.03 image/s, 3.000 bits/dim]"] * 2,  # the last one at the end
     ]
+    assert len(set(map(len, screen.lines))) == 1 and set(drawn[-1][0]) == {"#"}
 
 
-def test_a_log_has_whole_lines_at_the_ends_and_every_half_minute() -> None:
-    screen = Screen(live=False)
-    with screen.bar("train", "step", 1000) as bar:
-        screen.now = 62.0  # The function is compiled.
+def test_the_seconds_of_compiling_are_shown(screen: Screen) -> None:
+    with Bar("ode", "image", 40):
+        screen.now += 12
+        deadline = time.monotonic() + 10
+        while "[00:12<?, ? image/s, compiling]" not in screen.getvalue():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_log_has_whole_lines_at_the_ends_and_every_half_minute(screen: Screen) -> None:
+    screen.live = False
+    with Bar("train", "step", 1000) as bar:
+        screen.now += 62.0  # The function is compiled.
         for step in range(1000):
             bar.update(1, f"loss {step}")
             bar.show()  # After the first result, this prints nothing.
             screen.now += 0.125
-    assert "\r" not in screen.getvalue()
+    assert "\r" not in screen.getvalue() and screen.getvalue().endswith("]\n")
     assert screen.lines == [
-        "train: 0 of 1,000 steps, compiling",
-        "train: 241 of 1,000 steps, 8/s, 95 s left, loss 240",
-        "train: 481 of 1,000 steps, 8/s, 65 s left, loss 480",
-        "train: 721 of 1,000 steps, 8/s, 35 s left, loss 720",
-        "train: 961 of 1,000 steps, 8/s, 5 s left, loss 960",
-        "train: 1,000 of 1,000 steps in 3 min, loss 999",
+        "train:   0% 0/1000 [00:00<?, ? step/s, compiling]",
+        "train:  24% 241/1000 [01:32<01:34,  8.00 step/s, loss 240]",
+        "train:  48% 481/1000 [02:02<01:04,  8.00 step/s, loss 480]",
+        "train:  72% 721/1000 [02:32<00:34,  8.00 step/s, loss 720]",
+        "train:  96% 961/1000 [03:02<00:04,  8.00 step/s, loss 960]",
+        "train: 100% 1000/1000 [03:07<00:00,  7.99 step/s, loss 999]",
     ]
 
 
-def test_items_that_were_stored_count_for_the_mean_and_not_for_the_speed() -> None:
+def test_items_that_were_stored_count_for_the_mean_and_not_for_the_speed(screen: Screen) -> None:
     """Of three sweeps of two images, the first is stored."""
-    screen = Screen(live=True)
-    with screen.bar("bound", "image", 2, times=3, quantity="nats") as bar:
+    with Bar("bound", "image", 6, quantity="nats") as bar:
         bar.add(np.asarray([1.0, 2.0]), stored=True)
         for value in (3.0, 4.0):
             screen.now += 1
             bar.add(np.asarray([value]))
-        assert screen.lines[-1].endswith("4 of 3 x 2 images, 1/s, 2 s left, 2.500 nats")
-        bar.times = 2
-    assert screen.lines[-1].endswith("4 of 2 x 2 images in 2 s, 2.500 nats")
+        assert screen.lines[-1].endswith("4/6 [00:02<00:02,  1.00 image/s, 2.500 nats]")
+        bar.total = 4
+    assert screen.lines[-1].endswith("4/4 [00:02<00:00,  1.00 image/s, 2.500 nats]")
 
-    screen = Screen(live=False)
-    for values in ([1.0, 2.0], [1.0]):
-        with screen.bar("bound", "image", 2, quantity="nats", wait=True) as bar:
-            bar.add(np.asarray(values), stored=True)
-            if len(values) < 2:
-                bar.show()
-                bar.add(np.asarray([4.0]))
+
+def test_a_bar_whose_items_were_all_stored_is_never_shown(screen: Screen) -> None:
+    screen.live = False
+    bar = Bar("bound", "image", 2, quantity="nats")
+    bar.add(np.asarray([1.0, 2.0]), stored=True)
+    bar.close()
+    assert not screen.getvalue()
+    bar = Bar("bound", "image", 2, quantity="nats")
+    bar.add(np.asarray([1.0]), stored=True)
+    bar.show()
+    bar.add(np.asarray([4.0]))
+    bar.close()
     assert screen.lines == [
-        "bound: 2 of 2 images, 1.500 nats",
-        "bound: 1 of 2 images, compiling, 1.000 nats",
-        "bound: 2 of 2 images in 0 s, 2.500 nats",
+        "bound:  50% 1/2 [00:00<?, ? image/s, compiling, 1.000 nats]",
+        "bound: 100% 2/2 [00:00<?, ? image/s, 2.500 nats]",
     ]
 
 
 @pytest.mark.parametrize("live", [True, False])
-def test_reading_compiles_nothing(live: bool) -> None:
-    screen = Screen(live)
-    options = {"stream": screen, "clock": lambda: screen.now, "compiles": False}
-    assert list(over("abc", "Reading files", "file", 3, **options)) == ["a", "b", "c"]
-    assert screen.lines[-1].endswith("3 of 3 files in 0 s") and "comp" not in screen.getvalue()
+def test_reading_compiles_nothing(screen: Screen, live: bool) -> None:
+    screen.live = live
+    assert list(over("abc", "Reading files", "file", 3, compiles=False)) == ["a", "b", "c"]
+    assert "3/3 [00:00" in screen.lines[-1] and "comp" not in screen.getvalue()
 
 
-def test_a_bar_without_a_name_is_silent_and_a_removed_one_leaves_an_empty_line() -> None:
-    screen = Screen(live=True)
-    with screen.bar("", "image", 1) as bar:
+def test_a_bar_without_a_name_is_silent_and_a_removed_one_leaves_an_empty_line(
+    screen: Screen,
+) -> None:
+    with Bar("", "image", 1) as bar:
         bar.update()
+        bar.add(np.ones(1))
+        bar.show()
     assert not screen.getvalue()
-    with screen.bar("check", "image", 1, leave=False) as bar:
+    with Bar("check", "image", 1, leave=False) as bar:
         bar.update()
     assert not screen.getvalue().split("\r")[-2].strip() and "\n" not in screen.getvalue()
     # An error begins on a line of its own.
-    with pytest.raises(ZeroDivisionError), screen.bar("check", "image", 1, leave=False):
+    with pytest.raises(ZeroDivisionError), Bar("check", "image", 1, leave=False):
         1 / 0  # noqa: B018
-    assert screen.getvalue().endswith("0 of 1 images, compiling\n")
+    assert screen.getvalue().endswith("compiling]\n")
 
 
-def test_a_line_never_wraps() -> None:
-    screen = Screen(live=True)
-    with screen.bar("a name of many words " * 5, "image", 1):
+def test_a_line_never_wraps(screen: Screen) -> None:
+    with Bar("a name of many words " * 5, "image", 1):
         pass
-    assert {len(line) for line in screen.lines} == {79}
-
-
-def test_durations_have_units_of_readable_size() -> None:
-    assert [duration(s) for s in (0.4, 119, 600, 19000)] == ["0 s", "119 s", "10 min", "5.3 h"]
+    assert {len(line) for line in screen.lines} == {90}

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import tiny
-from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sbml import main, registry
@@ -70,10 +69,6 @@ class Run:
 
     def says(self, *arguments: str) -> str:
         """The line with which the program ends, or nothing."""
-        flags.FLAGS.unparse_flags()
-        for name in ("config", "mode", "workdir", "trust"):
-            flags.FLAGS[name].unparse()
-        self._patch.setattr(sys, "argv", ["main", *arguments])
         try:
             main.main(main.parse(["main", *arguments, f"--workdir={self.workdir}"]))
         except SystemExit as ended:
@@ -91,9 +86,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     made = Run(tmp_path, monkeypatch)
     yield made
     assert not made.imported
-    flags.FLAGS.unparse_flags()
-    for name in ("config", "mode", "workdir", "trust"):
-        flags.FLAGS[name].unparse()
 
 
 @pytest.mark.parametrize("field", FIELDS)

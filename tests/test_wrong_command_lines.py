@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import runs
-from absl import flags
 
 from sbml import main
 from sbml.modes import train
@@ -24,9 +23,6 @@ for _config, _flags, _word in ROWS:
 
 def message_of(arguments: list[str]) -> str:
     """The message with which the program ends, or "accepted"."""
-    flags.FLAGS.unparse_flags()
-    for name in ("config", "mode", "workdir", "coordinator", "num_processes", "process_id"):
-        flags.FLAGS[name].unparse()
     with pytest.raises(SystemExit) as ended:
         main.main(main.parse(["main", *arguments]))
     return str(ended.value.code)

@@ -5,15 +5,17 @@ This is Adam with clipping by the global norm and linear warm-up,
 learning rate at step n = lr min(n / warmup, 1)
 """
 
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import jax
-import optax
 from absl import logging
 
 from sbml.experiment.fields import Natural, Section, among, field, refusal
 from sbml.scalars import notation
 from sbml.types import Array
+
+if TYPE_CHECKING:  # Otherwise the functions import it, because --help does not need it.
+    import optax
 
 # The program warns if the initial parameters weigh more than this in the averaged ones.
 MOST_INITIAL = 0.2
@@ -77,18 +79,20 @@ class Optim(Section):
                 *(self.section, max(0.0, 1 - 6.5 / num_steps)),
             )
 
-    def rate(self, num_steps: int) -> optax.Schedule:
+    def rate(self, num_steps: int) -> "optax.Schedule":
         """The learning rate by step in a run of ``num_steps``.
 
         If ``num_steps`` is not above ``warmup``, the run ends before a cosine begins.
         """
+        import optax
+
         if self.schedule == "cosine" and self.warmup < num_steps:
             return optax.warmup_cosine_decay_schedule(0.0, self.lr, self.warmup, num_steps)
         if self.warmup:
             return optax.linear_schedule(0.0, self.lr, self.warmup)
         return optax.constant_schedule(self.lr)
 
-    def transformation(self, num_steps: int, unit: float) -> optax.GradientTransformation:
+    def transformation(self, num_steps: int, unit: float) -> "optax.GradientTransformation":
         """The optimizer of a run of ``num_steps``: clipping, Adam, decoupled weight decay.
 
         ``unit`` is the value of the loss here when the paper's loss is 1. The norm is clipped at
@@ -96,6 +100,8 @@ class Optim(Section):
         matrices and kernels decay; biases, scales of norms, position embeddings (these may have as
         many axes as an image) and the fixed Fourier frequencies do not.
         """
+
+        import optax
 
         def decayed(path: jax.tree_util.KeyPath, update: Array, param: Array) -> Array:
             name = str(getattr(path[-1], "key", ""))

@@ -76,7 +76,8 @@ class Restored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _FirstPastEach:
-    """Orbax's rule to keep the first checkpoint at or after each multiple of ``interval`` steps."""
+    """Keeps the first checkpoint at or after each multiple of ``interval`` steps. Orbax's own rule,
+    EveryNSteps, keeps none if no checkpoint is at a multiple, or also the first one of the run."""
 
     interval: int
 

@@ -93,7 +93,8 @@ def _paths(folder: epath.Path, purpose: str) -> tuple[epath.Path, epath.Path]:
 
 
 def _is_held(path: epath.Path) -> bool:
-    """Whether a process holds the file lock ``path``: if so, no other can share it."""
+    """Whether a process holds the file lock ``path``: if so, no other can share it. filelock takes
+    locks exclusively only, and cannot open one that another user made."""
     try:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

@@ -241,13 +241,7 @@ class _OneProbe(ode.Estimator):
         return np.full((n, 1), seed)
 
     def one(
-        self,
-        score: Score,
-        params: PyTree,
-        data: OneExample,
-        key: Key,
-        u: Any,
-        target: Target,
+        self, score: Score, params: PyTree, data: OneExample, key: Key, u: Any, target: Target
     ) -> tuple[dict[str, Scalar], Evaluations]:
         probe = jax.random.key(u[0].astype(int))
         x, _ = target.sample(params, data, key)

@@ -271,8 +271,8 @@ class _Trial:
         return Finding(check, self.name, verdict, float(value), float(tolerance), words)
 
     def complete(self, numbers: list[np.ndarray], given: list[Images]) -> Finding:
-        total = sum(map(len, given))
-        lost = total - sum(int(np.isfinite(found).sum()) for found in numbers)
+        total, finite = sum(map(len, given)), sum(int(np.isfinite(x).sum()) for x in numbers)
+        lost = total - finite
         words = f"{lost} of {total} numbers are missing or not finite"
         return self.finding("complete", not lost, lost / total, 0, words, math.inf)
 

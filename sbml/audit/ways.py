@@ -34,6 +34,7 @@ from sbml.estimators.base import Target
 from sbml.estimators.bound import InSteps
 from sbml.evaluation import coding, densities
 from sbml.ode import Solver
+from sbml.scalars import Number
 from sbml.sdes import SDE, SDES
 from sbml.types import Array
 
@@ -45,7 +46,7 @@ PRIOR = 0.8, 0.2  # of the classes
 Data = oracle.Gaussian | oracle.Mixture | oracle.Classes
 
 
-def density(data: Data, sde: SDE, d: int = 2, eps: float = EPS) -> Density:
+def density(data: Data, sde: SDE, d: int = 2, eps: Number = EPS) -> Density:
     """The density of ``data`` with its exact score."""
     score = jax.tree_util.Partial(type(data).score, data)
     return Density(score, sde, (d,), eps=eps, batch_size=4096, solver=SOLVER)
@@ -72,8 +73,9 @@ def ratio_row(name: str, of: str, found: float, true: float, tolerance: float) -
 # For every SDE.
 
 
-def sde_rows(name: str, sde: SDE) -> Iterator[Row]:
-    """log p and the bound of a mixture of Gaussians."""
+def sde_rows(name: str, sde: SDE | None = None) -> Iterator[Row]:
+    """log p and the bound of a mixture of Gaussians, for ``sde``, or for that of this name."""
+    sde = sde or SDES[name]()
     data = oracle.mixture(sde, 2)
     x = data.sample(0, 2048)
     of = density(data, sde)

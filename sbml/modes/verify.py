@@ -54,11 +54,6 @@ def in_float64(rows: Callable[[str], Iterable[Row]], name: str) -> list[Row]:
     return found
 
 
-def of_sde(name: str) -> Iterable[Row]:
-    """The rows of the SDE ``name``."""
-    return ways.sde_rows(name, SDES[name]())
-
-
 def audited(estimator: Estimator, options: Mapping[str, Any]) -> Report:
     """The report about an estimator."""
     with on_cpu():
@@ -71,7 +66,7 @@ def results() -> tuple[list[Report], list[Report], list[Row]]:
     jobs: list[Callable[[], Any]] = [partial(audited, *each) for each in OURS.items()]
     jobs += [partial(audited, each.estimator, {"worlds": first}) for each in MISTAKES]
     audits = in_parallel("audits", jobs)
-    jobs = [partial(in_float64, of_sde, name) for name in SDES]
+    jobs = [partial(in_float64, ways.sde_rows, name) for name in SDES]
     jobs += [partial(in_float64, rows, "vp") for rows in ways.ONCE]
     with fast_compilation():
         rows = in_parallel("rows", jobs)

@@ -84,7 +84,7 @@ def in_parallel(name: str, jobs: Sequence[Callable[[], T]]) -> list[T]:
 def fast_compilation() -> Iterator[None]:
     """A context in which XLA hardly optimizes. The programs of the rows run once or twice, and are
     compiled in half of the time; those of the audits run hundreds of times."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield

@@ -25,18 +25,13 @@ def correlated(d: int, levels: int, correlation: float = 0.8) -> worlds.Listed:
     return worlds.gaussian(np.full(d, 0.1), covariance, levels, (1, d, 1))
 
 
-def unequal() -> worlds.Independent:
-    return worlds.Independent(3, (1, 2, 2), RNG.dirichlet(np.ones(3), (1, 2, 2)))
-
-
 def uneven_chain() -> worlds.Chain:
     first, transition = RNG.dirichlet(np.ones(3)), RNG.dirichlet(np.ones(3), 3)
     return worlds.Chain(3, (2, 3, 1), first, transition)
 
 
 SMALL = {
-    "uniform": worlds.uniform(4, (2, 1, 1)),
-    "independent": unequal(),
+    "uniform": worlds.uniform(4, (1, 2, 1)),
     "chain": worlds.chain(4, (1, 3, 1)),
     "uneven chain": uneven_chain(),
     "gaussian": correlated(3, 4),

@@ -75,7 +75,7 @@ def test_every_row_is_computed() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ve", "rectified_flow"])
 def test_rows_of_an_sde(name: str) -> None:
-    found = verify.in_float64(verify.of_sde, name)
+    found = verify.in_float64(ways.sde_rows, name)
     assert [row for row in found if not row.ok] == []
     assert {row.name for row in found} == OF_AN_SDE
 

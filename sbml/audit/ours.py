@@ -2,21 +2,20 @@
 ``Density``, as the numbers of ``--mode=eval`` do."""
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import Density, bits, discrete, integers
+from sbml import Density, bits, discrete
 from sbml.audit.suite import WORLDS, Estimator, Numbers, Schedule
-from sbml.audit.worlds import Denoiser, Images, World
+from sbml.audit.worlds import Denoiser, Images
 from sbml.bound import GaussianControl, Reduction
 from sbml.dequantizers import Dequantizer, decoders, truncated_normal, uniform
 from sbml.divergence import Trace
-from sbml.estimators import base, bound, ode
+from sbml.estimators import bound, ode
 from sbml.estimators.base import Target
 from sbml.ode import Solver
 from sbml.score import from_prediction
@@ -24,8 +23,17 @@ from sbml.score import from_prediction
 EXACT, ONE_PROBE = Trace("exact"), Trace("rademacher", 1)
 EPS = 1e-5
 SOLVER = Solver(rtol=2e-4, atol=2e-4)
-BATCH, MULTIPLE = 81, 9  # Batches have 9 or 81 images, so that two programs serve all calls.
 WITHIN = 0.02  # bits/dim: what noise at the smallest time costs at the edges of the bins
+# All batches of an estimator have one size, so that one program serves all calls. Without a trace,
+# an image costs little compared with a batch.
+BATCH, BATCH_WITHOUT_TRACE = 9, 27
+
+
+def _density(
+    denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int, **options: Any
+) -> Density:
+    score, sde = from_prediction(denoiser, "x0", schedule.sde), schedule.sde
+    return Density(score, sde, pixels.shape[1:], schedule.levels, seed=seed, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,36 +63,23 @@ class Evaluation:
     def __call__(
         self, denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int
     ) -> np.ndarray:
-        sde, levels, noisy = schedule.sde, schedule.levels, self.dequantizer.at_noise
-        eps = discrete.smallest_time(sde, levels, EPS, self.tau) if noisy else EPS
-        target = Target(sde, eps, levels, self.dequantizer)
-        control = None
-        if self.control:
-            centres = np.asarray(bits.to_model(jnp.asarray(pixels), 0.5, levels))
-            fitted = GaussianControl.fit(centres, noise_variance=0.02, full=False)
-            control = jax.tree.map(lambda a: jnp.asarray(a, float), fitted)
-        estimator: base.Estimator
-        if isinstance(self.estimator, bound.Estimator):
+        sde, levels, estimator = schedule.sde, schedule.levels, self.estimator
+        eps, size = EPS, BATCH if hasattr(estimator, "trace") else BATCH_WITHOUT_TRACE
+        if self.dequantizer.at_noise:
+            eps = float(discrete.smallest_time(sde, levels, EPS, self.tau))
+        options: dict[str, Any] = {"solver": SOLVER}
+        if estimator.is_bound:
+            control = None
+            if self.control:
+                centres = np.asarray(bits.to_model(jnp.asarray(pixels), 0.5, levels))
+                fitted = GaussianControl.fit(centres, noise_variance=0.02, full=False)
+                control = jax.tree.map(lambda a: jnp.asarray(a, float), fitted)
             reduction = Reduction(control, proposal=self.proposal)
-            estimator = replace(self.estimator, n_times=self.n_times, reduction=reduction)
-        else:
-            estimator = replace(self.estimator, solver=SOLVER)
-        density = Density(
-            from_prediction(denoiser, "x0", sde),
-            sde,
-            pixels.shape[1:],
-            levels=levels,
-            eps=eps,
-            batch_size=BATCH,
-            seed=seed,
-        )
-        run = replace(
-            density.measurement(estimator, target, pixels),
-            sweeps=self.sweeps,
-            check=False,
-            multiple=MULTIPLE,
-        )
-        found = run.estimate()
+            options = {"n_times": self.n_times, "reduction": reduction}
+        density = _density(denoiser, schedule, pixels, seed, eps=eps, batch_size=size)
+        target = Target(sde, eps, levels, self.dequantizer)
+        run = density.measurement(replace(estimator, **options), target, pixels)
+        found = replace(run, sweeps=self.sweeps, check=False, multiple=size).estimate()
         without = sum(found.terms[name] for name in self.without)
         return (found.values - without) * density.dims * bits.LOG2
 
@@ -96,55 +91,31 @@ ODE = Evaluation(ode.Estimator(EXACT), UNIFORM)
 
 def by_density(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -> Numbers:
     """``Density.bits_per_dim``, with the standard error of its probes and dequantization."""
-    density = Density(
-        from_prediction(denoiser, "x0", schedule.sde),
-        *(schedule.sde, pixels.shape[1:], schedule.levels, EPS, ONE_PROBE, SOLVER),
-        batch_size=BATCH,
-        seed=seed,
-        subset=len(pixels),
-    )
+    how = {"trace": ONE_PROBE, "solver": SOLVER, "batch_size": BATCH, "subset": len(pixels)}
+    density = _density(denoiser, schedule, pixels, seed, eps=EPS, **how)
     found, nats = density.bits_per_dim(pixels), density.dims * bits.LOG2
     return Numbers(nats * found.values, nats * found.this_set.stderr)
 
 
-def _ours(name: str, data: integers.Kind, nats: Evaluation) -> Estimator:
-    return Estimator(name, nats, data, WITHIN)
+def _ours(name: str, nats: Evaluation) -> Estimator:
+    return Estimator(name, nats, "centre" if nats.dequantizer.at_noise else "uniform", WITHIN)
 
 
-class Arguments(TypedDict, total=False):
-    """Of ``audit``."""
-
-    worlds: Mapping[str, World]
-    calls: int
-
-
-# These two share their programs, and most of the time is compilation.
-FEW = {name: WORLDS[name] for name in ("gaussian", "random")}
-# The estimators, each with the arguments of ``audit``.
-SSM = bound.ScoreMatching(trace=EXACT)
-OURS: dict[Estimator, Arguments] = {
-    _ours("ODE, exact trace", "uniform", ODE): {},
-    Estimator("Density.bits_per_dim, one probe", by_density, "uniform", WITHIN): {
-        "worlds": {"gaussian": WORLDS["gaussian"]},
-        "calls": 16,
-    },
-    _ours("ODE, one probe", "uniform", Evaluation(ode.Estimator(ONE_PROBE), UNIFORM)): {
-        "worlds": FEW
-    },
-    _ours(
-        "ODE, 2 draws in one logarithm", "uniform", Evaluation(ode.Estimator(EXACT, 2), UNIFORM)
-    ): {"worlds": FEW},
-    _ours("ODE, truncated normal", "centre", Evaluation(ode.Estimator(EXACT), NORMAL)): {
-        "worlds": FEW
-    },
-    _ours("bound", "uniform", BOUND): {"worlds": FEW},
-    # There is no control for it, so it needs more draws and more calls.
-    _ours("bound, ssm", "uniform", Evaluation(SSM, UNIFORM, sweeps=4, n_times=32)): {
-        "worlds": FEW,
-        "calls": 64,
-    },
-    _ours("bound on P(k), truncated normal", "centre", replace(BOUND, dequantizer=NORMAL)): {
-        "worlds": FEW
-    },
-    _ours("bound on P(k), decoder", "centre", replace(BOUND, dequantizer=DECODER)): {"worlds": FEW},
+# The estimators, each with the arguments of ``audit``. These two worlds share their programs, and
+# most of the time is compilation.
+FEW = {"worlds": {name: WORLDS[name] for name in ("gaussian", "random")}}
+ONE = {"worlds": {"gaussian": WORLDS["gaussian"]}}
+# There is no control for it, so it needs more draws and more calls.
+SSM = Evaluation(bound.ScoreMatching(trace=EXACT), UNIFORM, sweeps=4, n_times=32)
+OURS: dict[Estimator, dict[str, Any]] = {
+    _ours("ODE, exact trace", ODE): {},
+    Estimator("Density.bits_per_dim, one probe", by_density, "uniform", WITHIN): ONE
+    | {"calls": 16},
+    _ours("ODE, one probe", Evaluation(ode.Estimator(ONE_PROBE), UNIFORM)): FEW,
+    _ours("ODE, 2 draws in one logarithm", Evaluation(ode.Estimator(EXACT, 2), UNIFORM)): FEW,
+    _ours("ODE, truncated normal", Evaluation(ode.Estimator(EXACT), NORMAL)): FEW,
+    _ours("bound", BOUND): FEW,
+    _ours("bound, ssm", SSM): FEW | {"calls": 64},
+    _ours("bound on P(k), truncated normal", replace(BOUND, dequantizer=NORMAL)): FEW,
+    _ours("bound on P(k), decoder", replace(BOUND, dequantizer=DECODER)): FEW,
 }

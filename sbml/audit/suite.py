@@ -245,9 +245,8 @@ class _Trial:
     @functools.cached_property
     def given(self) -> tuple[Denoiser, Schedule]:
         """One denoiser and one schedule for all calls, so that they can be static under ``jit``."""
-        data = self.estimator.data
-        schedule = Schedule(self.sde, self.world.levels, data)
-        return self.world.denoiser(self.sde, data), schedule
+        data, levels = self.estimator.data, self.world.levels
+        return self.world.denoiser(self.sde, data), Schedule(self.sde, levels, data)
 
     def nats(self, pixels: Images, seed: int) -> np.ndarray:
         """The estimator's numbers, as many as it returns."""
@@ -255,10 +254,9 @@ class _Trial:
 
     def numbers(self, pixels: Images, seed: int) -> tuple[np.ndarray, float | None]:
         """The numbers, and their error bar if there is one."""
-        given, stderr = self.estimator.nats(*self.given, pixels, seed), None
-        if isinstance(given, Numbers):
-            given, stderr = given
-        found = np.asarray(given, np.float64)
+        given = self.estimator.nats(*self.given, pixels, seed)
+        values, stderr = given if isinstance(given, Numbers) else (given, None)
+        found = np.asarray(values, np.float64)
         if found.ndim != 1:
             raise ValueError(
                 f"{self.estimator.name} returned shape {found.shape} for {len(pixels)} images: "
@@ -273,8 +271,8 @@ class _Trial:
         return Finding(check, self.name, verdict, float(value), float(tolerance), words)
 
     def complete(self, numbers: list[np.ndarray], given: list[Images]) -> Finding:
-        total = sum(map(len, given))
-        lost = total - sum(int(np.isfinite(found).sum()) for found in numbers)
+        total, finite = sum(map(len, given)), sum(int(np.isfinite(x).sum()) for x in numbers)
+        lost = total - finite
         words = f"{lost} of {total} numbers are missing or not finite"
         return self.finding("complete", not lost, lost / total, 0, words, math.inf)
 
@@ -296,7 +294,7 @@ class _Trial:
         log_p = np.stack([world.log_prob(pixels) for pixels in given])
         weights = 1 / images if every is None else np.exp(log_p)
         excess = np.sum(weights * (values + log_p), axis=1) / (world.dims * bits.LOG2)
-        mean, tolerance = float(excess.mean()), _limit(_stderr(excess), calls)
+        mean, tolerance = _mean(excess)
         words = f"excess {mean:+.4f} +- {tolerance:.4f} bits/dim"
         ok = mean >= -(tolerance + SOLVER)
         yield self.finding("bound", ok, mean, tolerance, words, COARSE)
@@ -336,7 +334,8 @@ class _Trial:
         for place, (batch, j) in places.items():
             again = np.array([self.nats(batch, seed + i)[j] for i in range(calls)])
             gap = (again - usual) / (world.dims * bits.LOG2)
-            found.append((abs(gap.mean()), _limit(_stderr(gap), calls), place))
+            mean, tolerance = _mean(gap)
+            found.append((abs(mean), tolerance, place))
         gap, tolerance, place = max(found, key=lambda each: each[0] / (each[1] + SOLVER))
         words = f"{place}, an image's number differs by {gap:.4f} +- {tolerance:.4f} bits/dim"
         ok = gap <= tolerance + SOLVER
@@ -348,8 +347,8 @@ class _Trial:
         pixels = [world.sample(seed + i, images) for i in range(repetitions)]
         values = np.stack([self.nats(each, seed + i) for i, each in enumerate(pixels)])
         exact = -np.stack([world.log_prob(each) for each in pixels])
-        share, upper = _covered(values, values.mean()), values.mean(1) + _half_widths(values)
-        best = _covered(exact, world.entropy)
+        share, best = _covered(values, values.mean()), _covered(exact, world.entropy)
+        upper = np.array([intervals.mean_interval(each).bounds[1] for each in values])
         stderr = math.sqrt(2 * 0.95 * 0.05 / repetitions)
         tolerance = -float(special.ndtri(ALPHA)) * stderr
         words = (
@@ -375,8 +374,10 @@ class _Trial:
         yield self.finding("error bar", ok, claimed / spread, tolerance, words, COARSE_SUM)
 
 
-def _stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1)) / math.sqrt(len(values))
+def _mean(values: np.ndarray) -> tuple[float, float]:
+    """The mean of ``values (n,)``, and its tolerance."""
+    mean, stderr, *_ = intervals.mean_interval(values)
+    return mean, _limit(stderr, len(values))
 
 
 def _limit(stderr: float, n: int) -> float:
@@ -384,20 +385,13 @@ def _limit(stderr: float, n: int) -> float:
     return -float(special.stdtrit(n - 1, ALPHA)) * stderr
 
 
-def _half_widths(values: np.ndarray) -> np.ndarray:
-    """The half-widths of the t intervals of the rows of ``values (r, n)``."""
-    n = values.shape[1]
-    stderr = np.std(values, axis=1, ddof=1) / math.sqrt(n)
-    return intervals.half_width(1.0, n - 1) * stderr
-
-
 def _covered(values: np.ndarray, truth: float) -> float:
     """The share of the t intervals of the rows of ``values`` that contain ``truth``.
 
     Differences of the size of rounding errors are ignored, because numbers may have no spread.
     """
-    gaps = np.abs(values.mean(1) - truth)
-    return float(np.mean(gaps <= _half_widths(values) + 1e-5 * (1 + abs(truth))))
+    each, slack = map(intervals.mean_interval, values), 1e-5 * (1 + abs(truth))
+    return float(np.mean([abs(i.mean - truth) <= i.ci95 + slack for i in each]))
 
 
 def _jackknife(values: np.ndarray) -> tuple[float, float]:

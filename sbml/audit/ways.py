@@ -10,7 +10,6 @@ where z is the latent, and the bound has the expectation -log p(x) but for the s
 claim to describe.
 """
 
-import functools
 import math
 import pathlib
 import tempfile
@@ -34,32 +33,28 @@ from sbml.estimators.base import Target
 from sbml.estimators.bound import InSteps
 from sbml.evaluation import coding, densities
 from sbml.ode import Solver
+from sbml.scalars import Number
 from sbml.sdes import SDE, SDES
-from sbml.types import Array, Key
+from sbml.types import Array
 
 FAR = SDES["vp"](beta_max=40.0)  # alpha(T) = 4e-5
 NEAR = SDES["vp"](beta_max=2.0)  # alpha(T) = 0.6
 SOLVER = Solver(rtol=1e-7, atol=1e-7)
 EULER = Solver("euler", fixed_steps=200)
 PRIOR = 0.8, 0.2  # of the classes
-Data = oracle.Gaussian | oracle.Mixture
+Data = oracle.Gaussian | oracle.Mixture | oracle.Classes
 
 
-def _given(data: Data, x: Array, t: Array, key: Key | None = None) -> Array:
-    return data.score(x, t, key)
-
-
-def _given_class(
-    data: oracle.Classes, x: Array, t: Array, key: Key | None, condition: Array
-) -> Array:
-    return data.score(x, t, key, condition)
-
-
-def density(data: Data | oracle.Classes, sde: SDE, d: int = 2) -> Density:
+def density(data: Data, sde: SDE, d: int = 2, eps: Number = EPS) -> Density:
     """The density of ``data`` with its exact score."""
-    function = _given_class if isinstance(data, oracle.Classes) else _given
-    score = jax.tree_util.Partial(function, data)
-    return Density(score, sde, (d,), eps=EPS, batch_size=4096, solver=SOLVER)
+    score = jax.tree_util.Partial(type(data).score, data)
+    return Density(score, sde, (d,), eps=eps, batch_size=4096, solver=SOLVER)
+
+
+def normal(data: oracle.Gaussian, n: int) -> np.ndarray:
+    """``n`` examples ``(n, d)`` of independent normal entries."""
+    z = np.random.default_rng(0).normal(size=(n, data.mean.size))
+    return np.asarray(data.mean) + np.sqrt(data.eigenvalues) * z
 
 
 def mean_row(name: str, of: str, gaps: np.ndarray, truth: float = 0.0, slack: float = 0.0) -> Row:
@@ -77,8 +72,9 @@ def ratio_row(name: str, of: str, found: float, true: float, tolerance: float) -
 # For every SDE.
 
 
-def sde_rows(name: str, sde: SDE) -> Iterator[Row]:
-    """log p and the bound of a mixture of Gaussians."""
+def sde_rows(name: str, sde: SDE | None = None) -> Iterator[Row]:
+    """log p and the bound of a mixture of Gaussians, for ``sde``, or for that of this name."""
+    sde = sde or SDES[name]()
     data = oracle.mixture(sde, 2)
     x = data.sample(0, 2048)
     of = density(data, sde)
@@ -172,7 +168,7 @@ def steps_rows(name: str) -> Iterator[Row]:
     The term prior is 0."""
     data, steps, eps = oracle.diagonal(FAR), 50, 1e-2
     mean, variances = np.asarray(data.mean), np.asarray(data.eigenvalues)
-    x = mean + np.sqrt(variances) * np.random.default_rng(0).normal(size=(4096, 3))
+    x = normal(data, 4096)
     t = eps + (FAR.largest_time - eps) * np.arange(steps + 1) / steps
     alpha, sigma = (np.asarray(f(jnp.asarray(t)))[:, None] for f in (FAR.mean_coef, FAR.std))
     v = alpha**2 * variances + sigma**2
@@ -185,7 +181,7 @@ def steps_rows(name: str) -> Iterator[Row]:
         2 * math.pi / snr[0]
     )
     for label, reduce in (("with", True), ("without", False)):
-        of = replace(density(data, FAR, 3), eps=eps)
+        of = density(data, FAR, 3, eps)
         estimate = of.bound(x, sweeps=2, times_each=8, steps=steps, reduce=reduce)
         gaps = estimate.values - truth
         yield mean_row(f"bound in steps, {label} reduction", name, gaps, float(truth.mean()))
@@ -258,11 +254,10 @@ def loss_rows(name: str) -> Iterator[Row]:
 
     where a = alpha^2 l / v."""
     data, n, time = oracle.diagonal(FAR), 2**14, 0.1
-    mean, variances = np.asarray(data.mean), np.asarray(data.eigenvalues)
-    x = mean + np.sqrt(variances) * np.random.default_rng(0).normal(size=(n, 3))
-    keys, t = jax.random.split(jax.random.key(1), n), jnp.full(n, time)
-    score = functools.partial(_given, data)
-    found = jax.jit(lambda x: second_order.dsm_batch(score, FAR, x, t, keys))(jnp.asarray(x))
+    variances = np.asarray(data.eigenvalues)
+    x, t = jnp.asarray(normal(data, n)), jnp.full(n, time)
+    keys = jax.random.split(jax.random.key(1), n)
+    found = jax.jit(lambda x: second_order.dsm_batch(data.score, FAR, x, t, keys))(x)
     alpha, sigma = oracle.coefficients(FAR, time)
     a = alpha**2 * variances / (alpha**2 * variances + sigma**2)
     w = float(FAR.diffusion(jnp.asarray(time))) ** 2 / sigma**2
@@ -309,8 +304,7 @@ def codec_rows(name: str) -> Iterator[Row]:
         return
     sde, (levels, lanes, rounds) = SDES["ve"](), (16, 128, 4)
     data = oracle.diagonal(sde, 4)
-    z = np.random.default_rng(0).normal(size=(lanes * rounds, 12))
-    x = np.asarray(data.mean) + np.sqrt(data.eigenvalues) * z
+    x = normal(data, lanes * rounds)
     pixels = np.clip((x + 1) * levels / 2, 0, levels - 1).astype(np.uint8)
     chain = Chain(sde, 1e-2, 24, (0.9, 0.5, 0.1, 0.01))
     codec = Codec(data.score, chain, (12,), levels, "uniform", lanes)
@@ -319,10 +313,9 @@ def codec_rows(name: str) -> Iterator[Row]:
         before = np.array([coder.num_valid_bits() for coder in coders])
         codec.encode(bits_back.Lanes(coders, np.arange(lanes)), batch, number)
         nets.append(np.array([coder.num_valid_bits() for coder in coders]) - before)
-    score = jax.tree_util.Partial(_given, data)
-    density = Density(score, sde, (12,), levels, chain.eps, batch_size=len(pixels))
     target = Target(sde, chain.eps, levels, uniform.Model())
-    run = density.measurement(InSteps(48, steps=chain.as_steps), target, pixels)
+    of = replace(density(data, sde, 12, chain.eps), levels=levels)
+    run = of.measurement(InSteps(48, steps=chain.as_steps), target, pixels)
     found = replace(run, sweeps=2).estimate()
     bound = 12 * found.values
     gaps = np.concatenate(nets) - bound

@@ -11,9 +11,8 @@ entries, and
 with p(y_i | l) and m_il = E[x_i | y_i, k_i = l] of ``integers.bin_moments``. The worlds differ in
 how they sum over the other entries:
 
-    Independent    no sum is needed
-    Chain          forwards and backwards along every row
-    Listed         over all images, which must be few
+    Chain     forwards and backwards along every row
+    Listed    over all images, which must be few
 
 The likelihoods p(y_i | l) of each entry are divided by the largest of them, so that the best level
 has the likelihood 1. No probability P(k) is 0, so no sum vanishes.
@@ -133,30 +132,6 @@ def _denoised(denoiser: Denoiser, x_t: Array, t: Array) -> Array:
 
 @pytrees.register
 @dataclasses.dataclass(frozen=True, eq=False)
-class Independent(World):
-    """Independent entries, where ``probabilities (h, w, c, L)`` are those of the levels of each."""
-
-    probabilities: np.ndarray
-
-    @property
-    def entropy(self) -> float:
-        return float(special.entr(self.probabilities).sum())
-
-    def sample(self, seed: int, n: int) -> Images:
-        u = _generator(seed).random((n, *self.shape, 1))
-        return (u >= np.cumsum(self.probabilities, -1)[..., :-1]).sum(-1).astype(np.uint8)
-
-    def log_prob(self, pixels: Images) -> Nats:
-        table = np.broadcast_to(self.probabilities, (len(pixels), *self.shape, self.levels))
-        chosen = np.take_along_axis(table, pixels[..., None].astype(int), -1)
-        return np.log(chosen).sum((1, 2, 3, 4))
-
-    def marginals(self, likelihood: OfLevels) -> OfLevels:
-        return _normalised(likelihood * self.probabilities)
-
-
-@pytrees.register
-@dataclasses.dataclass(frozen=True, eq=False)
 class Chain(World):
     """Independent rows of each channel; a row is a Markov chain from left to right.
 
@@ -247,9 +222,10 @@ def _product(p: Array, matrix: np.ndarray) -> Array:
 
 
 @typed
-def uniform(levels: bits.Levels, shape: Shape) -> Independent:
+def uniform(levels: bits.Levels, shape: Shape) -> Chain:
     """Independent pixels, all levels of which have the probability 1 / L."""
-    return Independent(levels, shape, np.full((*shape, levels), 1 / levels))
+    each = np.full(levels, 1 / levels)
+    return Chain(levels, shape, each, np.tile(each, (levels, 1)))
 
 
 @typed

@@ -7,14 +7,15 @@ tolerance of a Monte Carlo row is five standard errors. All are computed on a CP
 tested, not the device.
 """
 
-import functools
+import contextlib
 import itertools
 import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from sbml.codec import stack
 from sbml.progress import over
 from sbml.runtime.versions import versions
 from sbml.sdes import SDES
+from sbml.types import T
 
 # As many as tell our estimators from the mistakes in a short time.
 HOW = {"calls": 32, "repetitions": 200}
@@ -52,11 +54,6 @@ def in_float64(rows: Callable[[str], Iterable[Row]], name: str) -> list[Row]:
     return found
 
 
-def of_sde(name: str) -> Iterable[Row]:
-    """The rows of the SDE ``name``."""
-    return ways.sde_rows(name, SDES[name]())
-
-
 def audited(estimator: Estimator, options: Mapping[str, Any]) -> Report:
     """The report about an estimator."""
     with on_cpu():
@@ -66,16 +63,33 @@ def audited(estimator: Estimator, options: Mapping[str, Any]) -> Report:
 def results() -> tuple[list[Report], list[Report], list[Row]]:
     """The reports about our estimators, those about the mistakes, and the rows."""
     first = dict(itertools.islice(WORLDS.items(), 1))
-    jobs: list[Callable[[], Any]] = []
-    jobs += [functools.partial(audited, *each) for each in OURS.items()]
-    jobs += [functools.partial(audited, each.estimator, {"worlds": first}) for each in MISTAKES]
-    jobs += [functools.partial(in_float64, of_sde, name) for name in SDES]
-    jobs += [functools.partial(in_float64, rows, "vp") for rows in ways.ONCE]
-    with ThreadPoolExecutor() as pool:  # Most of the time is compilation, which runs in parallel.
+    jobs: list[Callable[[], Any]] = [partial(audited, *each) for each in OURS.items()]
+    jobs += [partial(audited, each.estimator, {"worlds": first}) for each in MISTAKES]
+    audits = in_parallel("audits", jobs)
+    jobs = [partial(in_float64, ways.sde_rows, name) for name in SDES]
+    jobs += [partial(in_float64, rows, "vp") for rows in ways.ONCE]
+    with fast_compilation():
+        rows = in_parallel("rows", jobs)
+    return audits[: len(OURS)], audits[len(OURS) :], [*itertools.chain(*rows)]
+
+
+def in_parallel(name: str, jobs: Sequence[Callable[[], T]]) -> list[T]:
+    """The results of the jobs; most of their time is compilation, which runs in parallel."""
+    with ThreadPoolExecutor() as pool:
         tasks = [pool.submit(job) for job in jobs]
-        found = [task.result() for task in over(tasks, "verify", "part", len(tasks))]
-    ours, rest = len(OURS), len(OURS) + len(MISTAKES)
-    return found[:ours], found[ours:rest], [*itertools.chain(*found[rest:])]
+        return [task.result() for task in over(tasks, f"verify, {name}", "part", len(tasks))]
+
+
+@contextlib.contextmanager
+def fast_compilation() -> Iterator[None]:
+    """A context in which XLA hardly optimizes. The programs of the rows run once or twice, and are
+    compiled in half of the time; those of the audits run hundreds of times."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def row(report: Report, result: str) -> str:
@@ -93,16 +107,15 @@ def reason(report: Report) -> str:
 
 def table(rows: Iterable[Row]) -> str:
     """The rows, with an empty line between SDEs."""
-    rows = list(rows)
+    rows = [*rows]
     width = max(len(row.name) for row in rows)
     line = f"{{:{width}}}  {{:14}}  {{:>13}}  {{:>13}}  {{:>8}}  {{:>9}}  {{}}"
     lines = [line.format("number", "SDE", "got", "truth", "error", "tolerance", "")]
     for _, of in itertools.groupby(rows, lambda row: row.sde):
         lines.append("")
-        for row in of:
-            found = f"{row.got:.7g}", f"{row.truth:.7g}", f"{row.error:.1e}"
-            mark = "" if row.ok else "FAILS"
-            lines.append(line.format(row.name, row.sde, *found, f"{row.tolerance:.1e}", mark))
+        for name, sde, got, truth, error, tolerance, ok in of:
+            found = f"{got:.7g}", f"{truth:.7g}", f"{error:.1e}", f"{tolerance:.1e}"
+            lines.append(line.format(name, sde, *found, "" if ok else "FAILS"))
     return "\n".join(text.rstrip() for text in lines)
 
 
@@ -117,20 +130,22 @@ def run() -> None:
     with on_cpu():
         print(f"jax {versions()['jax']}, XLA {versions()['xla']}\n")
     right, wrong, rows = results()
-    caught = [r.failed == m.fails for r, m in zip(wrong, MISTAKES, strict=True)]
-    head = "  ".join([f"{'excess in bits/dim':40}", *(f"{name:>9}" for name in WORLDS)])
-    print("\n".join([head, "", *(row(r, "pass" if r.passed else "FAILS") for r in right), ""]))
-    for report, found in zip(wrong, caught, strict=True):
-        print(row(report, reason(report) if found else "NOT CAUGHT"))
+    print("  ".join([f"{'excess in bits/dim':40}", *(f"{name:>9}" for name in WORLDS)]) + "\n")
+    bad = []
+    for r in right:
+        bad += [] if r.passed else [r]
+        print(row(r, "pass" if r.passed else "FAILS"))
+    print()
+    for r, mistake in zip(wrong, MISTAKES, strict=True):
+        caught = r.failed == mistake.fails
+        bad += [] if caught else [r]
+        print(row(r, reason(r) if caught else "NOT CAUGHT"))
     print(f"\n{table(rows)}")
     if not stack.installed():
         print("no coded image was compared: pip install 'sbml[codec]'")
-    reports = [r for r in right if not r.passed]
-    reports += [r for r, found in zip(wrong, caught, strict=True) if not found]
-    for report in reports:
-        print(f"\n{report}")
-    failed = [r.estimator for r in reports]
-    failed += [f"{row.name} ({row.sde})" for row in rows if not row.ok]
+    for r in bad:
+        print(f"\n{r}")
+    failed = [r.estimator for r in bad] + [f"{r.name} ({r.sde})" for r in rows if not r.ok]
     total = len(right) + len(wrong) + len(rows)
     count = f"{total - len(failed)} of {total} rows agree with the truth"
     print(f"\n{count}, in {time.perf_counter() - start:.0f} s")

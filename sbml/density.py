@@ -8,6 +8,8 @@
     density.log_prob(x)                     log p_eps(x) in nats, by the probability-flow ODE
     density.sample(key, n)                  n samples by the ODE
     density.sample_and_log_prob(key, n)     samples and their log p_eps, by the same solve
+    density.sample_path(key, n, sampler=s)  paths of a stochastic sampler, and their log density
+    density.path_log_prob(path)             the log density of paths
 
 *Measurements.* These take and return NumPy arrays, and work in batches. The first four return a
 number for each example and its mean with error bars (:class:`~sbml.estimate.Estimate`):
@@ -18,6 +20,7 @@ number for each example and its mean with error bars (:class:`~sbml.estimate.Est
     density.bound(x)               the evidence bound on -log p(x) in nats
     density.classify(x, c)         log p(x | c) for several conditions c, and their posterior
     density.importance(key, n, u)  weights of samples for a density exp(u), and its normaliser
+    density.gap(key, n, sampler)   KL of a sampler's density from that of the ODE
     density.latent(x)              the ODE's solution at T from x;  density.decode(z): the inverse
 
 The random draws of a measurement for an example depend only on ``seed``, on the example's place in
@@ -63,6 +66,7 @@ from sbml.measurement import Measurement
 from sbml.ode import Solver
 from sbml.posterior import Importance, Posterior
 from sbml.progress import over
+from sbml.samplers import Chain, Path, PathLogProb
 from sbml.scalars import Count, Number, at_least, between
 from sbml.score import Foreign, NetworkScore
 from sbml.sdes import SDE
@@ -245,30 +249,92 @@ class Density:
             y = transforms.forward(self.transform, x)
             transforms.check(self.transform, y)
             return y
+        # A lost sample must not pass for a black image.
         lost = jnp.sum(~jnp.isfinite(x).reshape(n, -1).all(axis=1))
-        if isinstance(lost, jax.core.Tracer):
-            # A lost sample must not pass for a black image.
-            jax.debug.callback(functools.partial(_check_samples, n, self.solver), lost)
-        else:
-            _check_samples(n, self.solver, lost)
+        _checked(_check_samples, n, self.solver, lost)
         return bits.to_pixels(x, self.levels)
 
     @checked
     def sample_and_log_prob(
-        self, key: Key, n: Count, condition: Any = None
+        self,
+        key: Key,
+        n: Count,
+        condition: Any = None,
+        *,
+        sampler: Chain | None = None,
+        max_dims: Count = 100,
     ) -> tuple[Anything, Anything]:
         """``n`` continuous samples ``(n, *shape)`` and their log p_eps in nats ``(n,)``.
 
         One solve gives both. The samples are those of :meth:`sample` for the same key, in the scale
         of the score if there are ``levels``. With a random trace log p is unbiased; an importance
         weight exp(-log p) is not, and needs an exact trace.
+
+        Args:
+          key: for the samples.
+          n: their number.
+          condition: for a conditional score.
+          sampler: a deterministic sampler with fixed steps. Then log p is the exact density of what
+            it draws (``sbml.samplers.density``), whatever its number of steps; None for the ODE.
+          max_dims: the largest number d of dimensions for a sampler. Each of its steps costs d + 1
+            evaluations of the score and a determinant of a d x d matrix.
+
+        Raises:
+          ValueError: the sampler has no such density, there are more dimensions, or a step of the
+            sampler folds space, so that the density is not known.
         """
         conditions, keys = self._conditions(condition, (n,)), jax.random.split(key, n)
-        x, logp = self._each(_sample_and_log_prob, (keys,), conditions)
+        if sampler is not None:
+            sampler.check_density(deterministic=True)
+            if self.dims > max_dims:
+                raise ValueError(
+                    f"{self.dims} dimensions with a sampler: each step would cost {self.dims + 1} "
+                    f"evaluations of the score and a determinant; if that is meant, give max_dims="
+                    f"{self.dims}"
+                )
+        x, logp = self._each(_sample_and_log_prob, (keys,), conditions, sampler=sampler)
+        if sampler is not None:
+            _checked(_check_folds, n, sampler, jnp.sum(jnp.isnan(logp)))
         if self.transform is None:
             return x, logp
         y = transforms.forward(self.transform, x)
         return y, logp + transforms.inverse(self.transform, y)[1]
+
+    @checked
+    def sample_path(
+        self, key: Key, n: Count, condition: Any = None, *, sampler: Chain
+    ) -> tuple[Path, PathLogProb]:
+        """``n`` paths of a stochastic sampler, ``path.x (n, steps + 1, *shape)``, and their log
+        densities in nats, ``steps (n, steps)`` (``sbml.samplers.density``).
+
+        The samples are ``path.x[:, -1]``, in the scale of the score. With a transform f the data
+        are f of them, and the log density has the term ``transform``.
+
+        Raises:
+          ValueError: the steps of the sampler have no noise, or it has a corrector.
+        """
+        sampler.check_density(deterministic=False)
+        conditions, keys = self._conditions(condition, (n,)), jax.random.split(key, n)
+        path, found = self._each(_sample_path, (keys,), conditions, sampler=sampler)
+        return path, self._with_transform(path, found)
+
+    @checked
+    def path_log_prob(self, path: Path, condition: Any = None) -> PathLogProb:
+        """The log densities of the paths of :meth:`sample_path`, for the parameters of this score:
+        a function of them for policy gradients.
+
+        The gradient of E[r(x)] is E[r(x) gradient of ``path_log_prob(path).total``].
+        """
+        conditions = self._conditions(condition, (len(path.x),))
+        rows: tuple[Any, ...] = ((path.x, path.times),)
+        found = self._each(_path_log_prob, rows, conditions, sampler=path.sampler)
+        return self._with_transform(path, found)
+
+    def _with_transform(self, path: Path, found: PathLogProb) -> PathLogProb:
+        if self.transform is None:
+            return found
+        y = transforms.forward(self.transform, path.x[:, -1])
+        return found._replace(transform=transforms.inverse(self.transform, y)[1])
 
     def _each(
         self, f: Callable[..., Any], rows: tuple[Any, ...], conditions: Any, **constants: Any
@@ -276,7 +342,8 @@ class Density:
         """``f`` of every row of the arrays ``rows``, compiled; ``constants`` are fields of
         ``_How``."""
         how = _How(self.sde, self._eps, self.shape, self._trace, **constants)
-        exact = self._trace.kind == "exact" and f in (_log_prob, _sample_and_log_prob)
+        sampler = constants.get("sampler")
+        exact = (self._trace.kind == "exact" or sampler) and f in (_log_prob, _sample_and_log_prob)
         size = min(self.batch_size, exact_batch(self.dims)) if exact else self.batch_size
         run = self._compiled(_of_rows, conditions, "f", "how", "size")
         try:
@@ -474,7 +541,13 @@ class Density:
 
     @checked
     def importance(
-        self, key: Key, n: Count, log_target: Callable[..., Any], condition: Any = None
+        self,
+        key: Key,
+        n: Count,
+        log_target: Callable[..., Any],
+        condition: Any = None,
+        *,
+        sampler: Chain | None = None,
     ) -> Importance:
         """Samples with weights exp(u(x)) / p(x) for the density exp(u(x)) / Z, and log Z.
 
@@ -486,6 +559,9 @@ class Density:
           n: their number.
           log_target: u, a function of one example, in nats.
           condition: for a conditional score.
+          sampler: as in :meth:`sample_and_log_prob`. Then p is the density of this sampler, so
+            there is no solver's error. What the samples miss is measured with log p of the ODE,
+            because a draw of the target is no sample of the sampler.
 
         Raises:
           ValueError: the trace is not exact: the weights would be biased.
@@ -496,7 +572,7 @@ class Density:
                 "Density(trace=Trace('exact'))"
             )
         conditions = self._conditions(condition, (n,))
-        x, logp = self.sample_and_log_prob(key, n, condition)
+        x, logp = self.sample_and_log_prob(key, n, condition, sampler=sampler)
         u = np.asarray(_each(log_target, x, self.batch_size), float)
         if u.shape != (n,):
             raise ValueError(
@@ -513,7 +589,10 @@ class Density:
             batches = pytrees.in_batches(batch, np.arange(count), few)
             return np.concatenate([rows for _, rows in batches]).astype(float)
 
-        error = log_prob(strict, x, few) - np.asarray(logp[:few], float)
+        # The density of a sampler is exact.
+        error = np.zeros(few)
+        if sampler is None:
+            error = log_prob(strict, x, few) - np.asarray(logp[:few], float)
         count = min(n, 4 * few)
         keys = jax.random.split(stream(key, "target"), count)
         # This step is best for a normal target of the samples' scale (Roberts & Rosenthal 2001).
@@ -521,7 +600,29 @@ class Density:
         walk = functools.partial(_walk, log_target, step)
         y, u_y = _each(walk, (x[:count], keys), self.batch_size)
         of_target = np.asarray(u_y, float) - log_prob(self, y, count)
-        return Importance.of(np.asarray(x), u - np.asarray(logp, float), error, of_target)
+        weights, evaluations = u - np.asarray(logp, float), None if sampler is None else sampler.nfe
+        return Importance.of(np.asarray(x), weights, error, of_target, evaluations)
+
+    @checked
+    def gap(
+        self,
+        key: Key,
+        n: Count,
+        sampler: Chain,
+        condition: Any = None,
+        *,
+        max_dims: Count = 100,
+    ) -> Estimate:
+        """KL(p_N || p) in nats: how far the density p_N of a ``sampler`` with few steps is from
+        that of the ODE.
+
+            KL = E[log p_N(x) - log p(x)],      x from p_N
+
+        The terms are those of -:meth:`logp` of the ``n`` samples, and ``sampler``, which is
+        log p_N. The arguments and errors are those of :meth:`sample_and_log_prob`.
+        """
+        x, logp = self.sample_and_log_prob(key, n, condition, sampler=sampler, max_dims=max_dims)
+        return (-self.logp(np.asarray(x), condition)).with_term("sampler", np.asarray(logp))
 
     def latent(self, x: Any, condition: Any = None) -> Examples:
         """The latents ``(n, *shape)``: the ODE's solutions at T from ``x`` at t = eps."""
@@ -767,6 +868,22 @@ class WithLatent(ode_estimator.Estimator):
         return {**terms, "importance": zero, "latent": found.z}, found.stats.nfe
 
 
+def _checked(check: Callable[..., None], n: int, how: Any, lost: Array) -> None:
+    """``check(n, how, lost)``, also under ``jit``, where it is called when ``lost`` is known."""
+    if isinstance(lost, jax.core.Tracer):
+        jax.debug.callback(functools.partial(check, n, how), lost)
+    else:
+        check(n, how, lost)
+
+
+def _check_folds(n: int, sampler: Chain, lost: Any) -> None:
+    if lost:
+        raise ValueError(
+            f"{int(lost)} of {n} samples have no density: a step of {sampler} folds space, or is "
+            "not finite; take more steps, or another sampler"
+        )
+
+
 def _check_samples(n: int, solver: Solver, lost: Any) -> None:
     if lost:
         raise ValueError(
@@ -859,6 +976,7 @@ class _How(NamedTuple):
     trace: Trace
     denoise: bool = False
     ends: tuple[float, ...] = ()
+    sampler: Any = None
 
 
 def _of_rows(
@@ -898,10 +1016,26 @@ def _sample_and_log_prob(
 ) -> tuple[Example, Array]:
     ode.check_precision(score, how.sde, how.shape)
     z, probes = how.sde.prior_sample(key, how.shape), stream(key, "probes")
+    if how.sampler is not None:
+        x, of_map = how.sampler.sample_logp(score, how.sde, z, eps=how.eps)
+        return x, of_map.logp
     x, found = likelihood.sample_logp(
         score, how.sde, z, probes, eps=how.eps, trace=how.trace, solver=solver
     )
     return x, found.logp
+
+
+def _sample_path(score: Score, key: Key, solver: Solver, how: _How) -> tuple[Path, PathLogProb]:
+    z, noise = how.sde.prior_sample(stream(key, "latent"), how.shape), stream(key, "sampler")
+    found: tuple[Path, PathLogProb] = how.sampler.sample_path(score, how.sde, z, noise, eps=how.eps)
+    return found
+
+
+def _path_log_prob(
+    score: Score, points: tuple[Array, Array], solver: Solver, how: _How
+) -> PathLogProb:
+    found: PathLogProb = how.sampler.path_log_prob(score, how.sde, Path(*points, how.sampler))
+    return found
 
 
 def _flow(score: Score, x: Example, solver: Solver, how: _How) -> Example:

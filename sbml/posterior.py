@@ -194,6 +194,8 @@ class Importance:
       effective: the effective sample size, from 1 to n.
       tail: Pareto's k of the largest weights (``intervals.pareto_k``).
       missing: the share of Z in weights above the largest one of the samples, from 0 to 1.
+      evaluations: the number of evaluations of the score for a sample of a sampler with fixed
+        steps; None for the ODE.
     """
 
     x: np.ndarray
@@ -203,10 +205,16 @@ class Importance:
     effective: float
     tail: float
     missing: float
+    evaluations: int | None = None
 
     @classmethod
     def of(
-        cls, x: np.ndarray, log_weights: np.ndarray, error: np.ndarray, of_target: np.ndarray
+        cls,
+        x: np.ndarray,
+        log_weights: np.ndarray,
+        error: np.ndarray,
+        of_target: np.ndarray,
+        evaluations: int | None = None,
     ) -> "Importance":
         """The result for samples ``x (n, *s)``, their ``log_weights (n,)``, and the ``error`` of
         log p of some of them; ``of_target (m,)`` are log weights of draws of the target.
@@ -228,7 +236,8 @@ class Importance:
         of_z = Interval(log_z, stderr, half, n, lost)
         solver_error = intervals.mean_interval(-error)
         tail, missing = intervals.pareto_k(weights), float(np.mean(-np.expm1(-excess.clip(0))))
-        return cls(x, log_weights, of_z, solver_error, effective, tail, missing)
+        found = solver_error, effective, tail, missing, evaluations
+        return cls(x, log_weights, of_z, *found)
 
     @property
     def heavy_tailed(self) -> bool:
@@ -239,10 +248,13 @@ class Importance:
     def __repr__(self) -> str:
         text = (
             f"log Z = {self.log_z.mean:.4f} +- {self.log_z.ci95:.4f} nats (95%), effective sample "
-            f"size {self.effective:.0f} of {len(self.log_weights)}, error by the solver "
-            f"{notation(self.solver_error.mean, '.1g')} +- "
-            f"{notation(self.solver_error.ci95, '.1g')}"
+            f"size {self.effective:.0f} of {len(self.log_weights)}, "
         )
+        if self.evaluations is None:
+            error, half = self.solver_error.mean, self.solver_error.ci95
+            text += f"error by the solver {notation(error, '.1g')} +- {notation(half, '.1g')}"
+        else:
+            text += f"{self.evaluations} evaluations for a sample"
         if self.heavy_tailed:
             known = f"about {self.missing:.2g} of Z lies in weights above those of all samples"
             if self.tail > intervals.HEAVY:

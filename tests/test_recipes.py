@@ -214,7 +214,7 @@ def test_finished_runs_are_not_repeated(
         config, width = experiment.config, experiment.config.model.own["width"]
         runs.append((config.seed, config.training.num_steps, width))
         if width == 64:
-            raise recipes.NonFiniteLoss("step 3: loss inf")
+            raise recipes.train.NonFiniteLoss("step 3: loss inf")
 
     monkeypatch.setattr(recipes.train, "run", run)
     monkeypatch.setattr(recipes, "evaluate_run", lambda config, workdir: {"ode_uniform": [1.5]})

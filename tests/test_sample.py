@@ -25,6 +25,7 @@ from sbml.runtime.checkpoint import Restored
 from sbml.runtime.files import read_json, read_npz
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import SAMPLES, Workdir
+from sbml.samplers import DDIM, Ancestral
 from sbml.sdes import VE
 
 STOCHASTIC = ("--config.sampling.sampler.name=ancestral", "--config.sampling.sampler.steps=20")
@@ -123,6 +124,19 @@ def test_samples_that_are_not_finite_are_counted(
     )
     drawn = samples.stored(of(experiment, trained / "broken", broken), Preemption())
     assert drawn.failed.all() and "2 of 2 samples are not finite" in caplog.text
+
+
+@pytest.mark.slow
+def test_the_gap_of_a_sampler_with_few_steps_is_said(trained: Path) -> None:
+    """More steps are nearer to the model, and a sampler with noise has no such number."""
+    config, gaps = tiny.get_config(), []
+    model = of(build.Experiment(config), trained)
+    for steps in (4, 16):
+        said = re.search(rf"{steps} steps of ode: ([\d.]+) \+-", sample.gap(model, DDIM(steps)))
+        assert said is not None
+        gaps.append(float(said[1]))
+    assert 0 < gaps[1] < 0.5 * gaps[0]
+    assert not sample.gap(model, Ancestral(4))
 
 
 @pytest.mark.slow

@@ -17,8 +17,9 @@ can follow each step.
 from sbml.registry import Registry, subclass
 from sbml.samplers._grid import SPACINGS, FixedSteps, Sampler, denoise, predictions
 from sbml.samplers.corrector import CORRECTORS, AnnealedLangevin, Langevin
+from sbml.samplers.density import Chain, Path, PathLogProb, Transition
 from sbml.samplers.multistep import DPMSolver
-from sbml.samplers.one_step import DDIM, Ancestral, EulerMaruyama, ReverseDiffusion
+from sbml.samplers.one_step import DDIM, Ancestral, EulerMaruyama, Midpoint, ReverseDiffusion
 from sbml.samplers.probability_flow import ODE, decode, ode_sample
 
 __all__ = [
@@ -29,12 +30,17 @@ __all__ = [
     "SPACINGS",
     "Ancestral",
     "AnnealedLangevin",
+    "Chain",
     "DPMSolver",
     "EulerMaruyama",
     "FixedSteps",
     "Langevin",
+    "Midpoint",
+    "Path",
+    "PathLogProb",
     "ReverseDiffusion",
     "Sampler",
+    "Transition",
     "decode",
     "denoise",
     "ode_sample",
@@ -49,6 +55,7 @@ SAMPLERS = Registry(
         "reverse_diffusion": "sbml.samplers.one_step:ReverseDiffusion",
         "ancestral": "sbml.samplers.one_step:Ancestral",
         "ddim": "sbml.samplers.one_step:DDIM",
+        "midpoint": "sbml.samplers.one_step:Midpoint",
         "ode": "sbml.samplers.probability_flow:ODE",
     },
     subclass(Sampler),

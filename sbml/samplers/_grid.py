@@ -5,13 +5,15 @@ what a score predicts at one time, from which each step is made.
 
 T is the SDE's ``largest_time``, because the drift is infinite where the signal has vanished.
 
+Given x, a step is normal: its mean and its standard deviation are the sampler's ``transition``.
+From them follow the densities of what is drawn (``sbml.samplers.density``).
+
 The spacing of the times is ``time``, even in t (Song et al., ICLR 2021), ``quadratic``, even in
 sqrt(t), or ``log_snr``, even in log-SNR, which suits samplers with few steps.
 """
 
-import abc
 import dataclasses
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from jaxtyping import Float
 from sbml.door import checked, typed
 from sbml.ode import Stats
 from sbml.samplers.corrector import Corrector, NoCorrector
+from sbml.samplers.density import Chain, step_noise
 from sbml.scalars import Count, Number, one_of
 from sbml.sdes import SDE
 from sbml.streams import stream
@@ -105,8 +108,11 @@ def frames_of(
 
 @typed
 @dataclasses.dataclass(frozen=True)
-class FixedSteps(abc.ABC):
-    """``steps`` steps with one score evaluation each; ``corrector`` follows each step.
+class FixedSteps(Chain):
+    """``steps`` steps with ``evaluations`` of the score each; ``corrector`` follows each step.
+
+    A sampler has a :meth:`transition`, from which its :meth:`step` and its densities follow. If its
+    steps are not normal given x, it has a ``step`` of its own and no density.
 
     Attributes:
       steps: the number of steps.
@@ -114,20 +120,30 @@ class FixedSteps(abc.ABC):
       corrector: one of ``CORRECTORS``, applied after each step.
     """
 
+    evaluations: ClassVar[int] = 1
+
     steps: Count = 500
     spacing: Spacing = "time"
     corrector: Corrector = NoCorrector()
 
     @property
     def nfe(self) -> int:
-        """The number of network evaluations for one sample."""
-        return self.steps * (1 + self.corrector.nfe)
+        """See ``Chain``."""
+        return self.steps * (self.evaluations + self.corrector.nfe)
+
+    @property
+    def deterministic(self) -> bool:
+        """See ``Chain``."""
+        return False
+
+    def times(self, sde: SDE, eps: Number) -> Times:
+        """See ``Chain``."""
+        return grid(sde, eps, self.steps, self.spacing)
 
     def init(self, z: Example) -> PyTree:
         """The state that is passed from step to step together with x."""
         return ()
 
-    @abc.abstractmethod
     def step(
         self, score: Score, sde: SDE, x: Example, carry: PyTree, times: Triple, z: Example
     ) -> tuple[Example, PyTree]:
@@ -136,6 +152,8 @@ class FixedSteps(abc.ABC):
         Returns:
           x ``(*s)`` and the new state.
         """
+        mean, std = self.transition(score, sde, x, times[1], times[2])
+        return mean + std * z, carry
 
     def _scan(
         self, score: Score, sde: SDE, z: Example, key: Key, eps: Number, keep: bool
@@ -144,7 +162,7 @@ class FixedSteps(abc.ABC):
         times."""
         sde.check_time(eps)
         z = in_full_precision(z)
-        times = grid(sde, eps, self.steps, self.spacing)
+        times = self.times(sde, eps)
         # No time precedes the first step. A fictitious one beyond T keeps all divisors nonzero.
         before = jnp.concatenate([2 * times[:1] - times[1:2], times[:-2]])
         triples = jnp.stack([before, times[:-1], times[1:]], axis=1)
@@ -154,11 +172,10 @@ class FixedSteps(abc.ABC):
         ) -> tuple[tuple[Example, PyTree], Example | None]:
             x, carry = state
             i, triple = inputs
-            step_key = jax.random.fold_in(key, i)
-            noise = jax.random.normal(stream(step_key, "noise"), x.shape, x.dtype)
-            x, carry = self.step(score, sde, x, carry, triple.astype(x.dtype), noise)
-            times = triple[1:].astype(x.dtype)
-            x = self.corrector(score, sde, x, times[0], times[1], stream(step_key, "corrector"))
+            triple = triple.astype(x.dtype)
+            x, carry = self.step(score, sde, x, carry, triple, step_noise(key, i, x))
+            corrector_key = stream(jax.random.fold_in(key, i), "corrector")
+            x = self.corrector(score, sde, x, triple[1], triple[2], corrector_key)
             return (x, carry), x if keep else None
 
         start = z / sde.stretch  # The latent is at T, and the first step begins at largest_time.

@@ -10,6 +10,7 @@ Reference: Lu et al. 2022, "DPM-Solver++", algorithm 2.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -24,6 +25,8 @@ from sbml.types import Array, Example, Score
 @dataclasses.dataclass(frozen=True)
 class DPMSolver(FixedSteps):
     """A deterministic sampler for 10 to 50 steps."""
+
+    own_obstacle: ClassVar[str] = "it remembers predictions, so a step is no map of x alone"
 
     steps: Count = 20
     spacing: Spacing = "log_snr"

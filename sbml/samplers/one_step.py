@@ -10,13 +10,16 @@ With the forward kernel p(x_s | x_t) = N(a x_t, b^2 I),
     ancestral           the mean of p(x_t | x, x_0) + (b sigma_t / sigma_s) z     (Ho et al. 2020)
     DDIM                alpha_t x_0 + sqrt(sigma_t^2 - c^2) noise + c z,
                         c = eta b sigma_t / sigma_s                   (Song, Meng & Ermon)
+    midpoint            alpha_t x_0 + (sigma_t / sigma_s) (x - alpha_s x_0), with x_0 predicted from
+                        DDIM's step to the middle in log-SNR          (Lu et al. 2022)
 
 where b sigma_t / sigma_s = sigma_t sqrt(1 - r), r = exp(lambda_s - lambda_t). With eta = 1, DDIM is
-ancestral sampling; with eta = 0 it is deterministic and of first order in log-SNR.
+ancestral sampling; with eta = 0 it is deterministic and of first order in log-SNR. The midpoint is
+deterministic and of second order.
 
 References: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021; Ho et al.,
 "Denoising Diffusion Probabilistic Models", NeurIPS 2020; Song, Meng, Ermon, "Denoising Diffusion
-Implicit Models", ICLR 2021.
+Implicit Models", ICLR 2021; Lu et al., "DPM-Solver++", 2022, algorithm 1 with r = 1/2.
 """
 
 import dataclasses
@@ -25,10 +28,11 @@ from typing import Annotated, ClassVar
 import jax.numpy as jnp
 
 from sbml.door import typed
-from sbml.samplers._grid import FixedSteps, Spacing, Triple, predictions
-from sbml.scalars import Number, between
+from sbml.samplers._grid import FixedSteps, Spacing, denoise, predictions
+from sbml.samplers.density import Transition
+from sbml.scalars import Count, Number, between
 from sbml.sdes import SDE
-from sbml.types import Example, PyTree, Scalar, Score, deterministic
+from sbml.types import Example, Scalar, Score, deterministic
 
 
 def forward(sde: SDE, t: Scalar, s: Scalar) -> tuple[Scalar, Scalar]:
@@ -43,23 +47,18 @@ def forward(sde: SDE, t: Scalar, s: Scalar) -> tuple[Scalar, Scalar]:
 class EulerMaruyama(FixedSteps):
     """The Euler-Maruyama method for the reverse SDE."""
 
-    def step(
-        self, score: Score, sde: SDE, x: Example, carry: PyTree, times: Triple, z: Example
-    ) -> tuple[Example, PyTree]:
-        s, h = times[1], times[1] - times[2]
-        g = sde.diffusion(s)
+    def transition(self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar) -> Transition:
+        g, h = sde.diffusion(s), s - t
         drift = sde.drift(x, s) - g**2 * deterministic(score, x, s)
-        return x - h * drift + g * jnp.sqrt(h) * z, carry
+        return Transition(x - h * drift, g * jnp.sqrt(h))
 
 
 class ReverseDiffusion(FixedSteps):
     """The discretisation of the reverse SDE that matches the forward chain (eq. 46)."""
 
-    def step(
-        self, score: Score, sde: SDE, x: Example, carry: PyTree, times: Triple, z: Example
-    ) -> tuple[Example, PyTree]:
-        a, b = forward(sde, times[2], times[1])
-        return (2 - a) * x + b**2 * deterministic(score, x, times[1]) + b * z, carry
+    def transition(self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar) -> Transition:
+        a, b = forward(sde, t, s)
+        return Transition((2 - a) * x + b**2 * deterministic(score, x, s), b)
 
 
 @typed
@@ -70,16 +69,18 @@ class DDIM(FixedSteps):
     spacing: Spacing = "log_snr"
     eta: Annotated[Number, between(0, 1)] = 0.0
 
-    def step(
-        self, score: Score, sde: SDE, x: Example, carry: PyTree, times: Triple, z: Example
-    ) -> tuple[Example, PyTree]:
-        _, s, t = times
+    @property
+    def deterministic(self) -> bool:
+        """See ``FixedSteps``."""
+        return bool(self.eta == 0)
+
+    def transition(self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar) -> Transition:
         x_0, noise = predictions(score, sde, x, s)
         drop = sde.log_snr(s) - sde.log_snr(t)
         c = self.eta * sde.std(t) * jnp.sqrt(-jnp.expm1(drop))
         # sqrt(sigma_t^2 - c^2) as a sum: in a long step, rounding can make the difference negative.
         rest = sde.std(t) * jnp.sqrt(1 - self.eta**2 + self.eta**2 * jnp.exp(drop))
-        return sde.mean_coef(t) * x_0 + rest * noise + c * z, carry
+        return Transition(sde.mean_coef(t) * x_0 + rest * noise, c)
 
 
 @typed
@@ -89,3 +90,26 @@ class Ancestral(DDIM):
 
     spacing: Spacing = "time"
     eta: ClassVar[Number] = 1.0  # type: ignore[misc]
+
+
+@typed
+@dataclasses.dataclass(frozen=True)
+class Midpoint(FixedSteps):
+    """A deterministic sampler of second order for 5 to 20 steps of two evaluations."""
+
+    evaluations: ClassVar[int] = 2
+
+    steps: Count = 10
+    spacing: Spacing = "log_snr"
+
+    @property
+    def deterministic(self) -> bool:
+        """See ``FixedSteps``."""
+        return True
+
+    def transition(self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar) -> Transition:
+        middle = sde.time(0.5 * (sde.log_snr(s) + sde.log_snr(t)))
+        half, _ = DDIM().transition(score, sde, x, s, middle)
+        x_0 = denoise(score, sde, half, middle)
+        rest = sde.std(t) / sde.std(s) * (x - sde.mean_coef(s) * x_0)
+        return Transition(sde.mean_coef(t) * x_0 + rest, jnp.zeros_like(t))

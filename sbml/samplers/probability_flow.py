@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from sbml.door import checked, typed
-from sbml.ode import Solver, Stats, flow
+from sbml.ode import METHODS, Solver, Stats, flow
 from sbml.samplers._grid import Path, Times, denoise, frames_of
+from sbml.samplers.density import Chain, Transition
 from sbml.scalars import Count, Number
 from sbml.sdes import SDE
 from sbml.types import Example, Key, Scalar, Score, in_full_precision
@@ -68,10 +69,38 @@ def ode_sample(
 
 @typed
 @dataclasses.dataclass(frozen=True)
-class ODE:
+class ODE(Chain):
     """The solution of the ODE by ``solver``; it is deterministic, so ``key`` may be None."""
 
     solver: Solver = Solver("dopri5", rtol=1e-3, atol=1e-3)
+
+    @property
+    def deterministic(self) -> bool:
+        """See ``Chain``: whether the steps are fixed. With step control, they depend on x."""
+        return self.solver.fixed_steps is not None
+
+    @property
+    def nfe(self) -> int:
+        """See ``Chain``: of fixed steps, each of which is a solve by itself."""
+        _, step, start = METHODS[self.solver.method]
+        return (self.solver.fixed_steps or self.solver.max_steps) * (step + start)
+
+    def stretch(self, sde: SDE) -> Number:
+        """See ``Chain``: the solve begins at T."""
+        return 1.0
+
+    def times(self, sde: SDE, eps: Number) -> Times:
+        """See ``Chain``: they are even in the coordinate of the solver."""
+        return self._times(sde, eps, self.solver.fixed_steps or 1)
+
+    def _times(self, sde: SDE, eps: Number, count: int) -> Times:
+        power = self.solver.power
+        return jnp.linspace(sde.T ** (1 / power), eps ** (1 / power), count + 1) ** power
+
+    def transition(self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar) -> Transition:
+        """See ``Chain``: one fixed step."""
+        solver = dataclasses.replace(self.solver, fixed_steps=1, adjoint="forward")
+        return Transition(flow(score, sde, x, s, t, solver).x, jnp.zeros_like(t))
 
     @checked
     def __call__(
@@ -89,11 +118,10 @@ class ODE:
         The frames are evenly spaced in the coordinate of the solver. If it has fixed steps, the
         frames are the nearest of these steps.
         """
-        power, steps = self.solver.power, self.solver.fixed_steps
+        steps = self.solver.fixed_steps
         sde.check_time(eps)
         z = in_full_precision(z)
-        pieces = steps or frames - 1
-        times = jnp.linspace(sde.T ** (1 / power), eps ** (1 / power), pieces + 1) ** power
+        times = self._times(sde, eps, steps or frames - 1)
         solver = dataclasses.replace(self.solver, fixed_steps=steps and 1)
 
         def piece(x: Example, ends: tuple[Scalar, Scalar]) -> tuple[Example, Example]:

@@ -1,0 +1,93 @@
+"""How many steps of a sampler are enough? The table of docs/benchmarks/sampler_density.md.
+
+python benchmarks/sampler_density.py [--workdir=runs/digits_vp]
+
+For mixtures of four Gaussians of standard deviation .5 with their exact score, and with --workdir
+for the model of a run: the effective sample size of the weights p / p_N, the KL divergence of the
+sampler's density p_N from that of the ODE, and the time for samples with their log p, divided by
+that of the ODE at the default of ``Density``.
+"""
+
+import argparse
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sbml
+from sbml.bits import LOG2
+from sbml.ode import Solver
+from sbml.samplers import DDIM, ODE, Chain, Midpoint
+from sbml.types import Array
+
+SAMPLES = 1000
+SAMPLERS: dict[str, Callable[[int], Chain]] = {
+    "DDIM": lambda n: DDIM(n),
+    "midpoint": lambda n: Midpoint(n // 2),
+    "ODE, Heun": lambda n: ODE(Solver("heun", fixed_steps=n // 2)),
+}
+
+
+def mixture(d: int) -> sbml.Density:
+    """Four Gaussians with random means."""
+    means = (2 if d == 2 else 1) * np.random.default_rng(0).normal(size=(4, d)).astype(np.float32)
+    sde = sbml.VP()
+
+    def logp(x: Array, t: Array) -> Array:
+        a, v = sde.mean_coef(t), 0.25 * sde.mean_coef(t) ** 2 + sde.std(t) ** 2
+        return jax.scipy.special.logsumexp(-0.5 * jnp.sum((x[None] - a * means) ** 2, -1) / v)
+
+    return sbml.Density(lambda x, t, key: jax.grad(logp)(x, t), sde, (d,), eps=1e-3)
+
+
+def seconds(f: Callable[[], Any]) -> float:
+    """The best of three times, after a first call that compiles."""
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        jax.block_until_ready(f())
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def table(name: str, density: sbml.Density, unit: float, evaluations: tuple[int, ...]) -> None:
+    """Print the rows of one density; KL is printed in nats divided by ``unit``."""
+    key = jax.random.key(0)
+    usual = seconds(lambda: density.sample_and_log_prob(key, SAMPLES))
+    for label, make in SAMPLERS.items():
+        for count in evaluations:
+            sampler = make(count)
+            found = density.gap(key, SAMPLES, sampler)
+            weights = np.exp(-found.values - np.max(-found.values))
+            effective = weights.sum() ** 2 / (weights**2).sum() / len(weights)
+            draw = functools.partial(density.sample_and_log_prob, key, SAMPLES, sampler=sampler)
+            took = seconds(draw)
+            print(
+                f"| {name} | {label} | {count} | {effective:.3f} | {found.mean / unit:.4f} +- "
+                f"{found.population.ci95 / unit:.4f} | {took / usual:.2f} |",
+                flush=True,
+            )
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workdir", help="folder of a run whose model has at most 100 dimensions")
+    workdir = parser.parse_args().workdir
+    print(
+        "| density | sampler | evaluations | ESS / n | KL | time |\n|---|---|---:|---:|---:|---:|"
+    )
+    for d in (2, 16, 64):
+        table(f"mixture, d = {d}", mixture(d), 1.0, (10, 20, 40))
+    if workdir:
+        density = dataclasses.replace(sbml.load(workdir), eps=1e-3)
+        table("digits, bits/dim", density, density.dims * LOG2, (10, 20, 40))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""The densities of samplers against closed forms, quadrature and NumPy."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import sbml
+from sbml.ode import Solver
+from sbml.samplers import (
+    DDIM,
+    ODE,
+    Ancestral,
+    Chain,
+    DPMSolver,
+    EulerMaruyama,
+    FixedSteps,
+    Langevin,
+    Midpoint,
+    ReverseDiffusion,
+)
+from sbml.score import from_prediction
+from sbml.sdes import SDE, SDES, VP
+from sbml.types import Array, conditioned
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+EPS = 1e-3
+
+
+def gaussian(sde: SDE, mean: Array, variances: Array) -> Any:
+    """The exact score of data N(mean, diag(variances)), from a prediction of x_0."""
+
+    def network(x: Array, t: Array) -> Array:
+        a, s = sde.mean_coef(t), sde.std(t)
+        return (variances * a * x + s**2 * mean) / (a**2 * variances + s**2)
+
+    return from_prediction(network, "x0", sde)
+
+
+class Reference:
+    """The steps of the samplers in NumPy, for a score of one time and x ``(..., d)``."""
+
+    def __init__(self, sde: SDE, score: Any) -> None:
+        self.sde, self._score = sde, score
+
+    def at(self, t: float) -> tuple[float, float, float]:
+        """alpha, sigma and lambda."""
+        a, s = (float(f(jnp.asarray(t))) for f in (self.sde.mean_coef, self.sde.std))
+        return a, s, 2 * math.log(a / s)
+
+    def score(self, x: np.ndarray, t: float) -> np.ndarray:
+        rows = [self._score(jnp.asarray(row), jnp.asarray(t), None) for row in np.atleast_2d(x)]
+        return np.reshape(rows, x.shape)
+
+    def transition(self, sampler: Any, x: np.ndarray, s: float, t: float) -> tuple[Any, float]:
+        """The mean and the standard deviation of a step from s to t."""
+        (a_s, s_s, l_s), (a_t, s_t, l_t) = self.at(s), self.at(t)
+        score = self.score(x, s)
+        x_0, noise = (x + s_s**2 * score) / a_s, -s_s * score
+        b2 = s_s**2 - (a_s / a_t * s_t) ** 2
+        if isinstance(sampler, EulerMaruyama):
+            g = float(self.sde.diffusion(jnp.asarray(s)))
+            drift = np.asarray(self.sde.drift(jnp.asarray(x), jnp.asarray(s))) - g**2 * score
+            return x - (s - t) * drift, g * math.sqrt(s - t)
+        if isinstance(sampler, ReverseDiffusion):
+            return (2 - a_s / a_t) * x + b2 * score, math.sqrt(b2)
+        if isinstance(sampler, Midpoint):
+            m = float(self.sde.time(jnp.asarray(0.5 * (l_s + l_t))))
+            a_m, s_m, _ = self.at(m)
+            half = a_m * x_0 + s_m * noise
+            x_0 = (half + s_m**2 * self.score(half, m)) / a_m
+            return a_t * x_0 + s_t / s_s * (x - a_s * x_0), 0.0
+        if isinstance(sampler, ODE):  # Heun's method in sqrt(t)
+
+            def slope(x: np.ndarray, u: float) -> np.ndarray:
+                time = jnp.asarray(u**2)
+                g2 = float(self.sde.diffusion(time)) ** 2
+                drift = np.asarray(self.sde.drift(jnp.asarray(x), time))
+                return 2 * u * (drift - 0.5 * g2 * self.score(x, u**2))
+
+            u, v = math.sqrt(s), math.sqrt(t)
+            first = slope(x, u)
+            return x + 0.5 * (v - u) * (first + slope(x + (v - u) * first, v)), 0.0
+        c = sampler.eta * math.sqrt(b2) * s_t / s_s
+        return a_t * x_0 + math.sqrt(s_t**2 - c**2) * noise, c
+
+    def logp_of_affine(self, sampler: Chain, x: np.ndarray, eps: float) -> np.ndarray:
+        """log p of samples ``x (n, d)`` of a sampler whose steps are affine in each dimension."""
+        times = np.asarray(sampler.times(self.sde, eps))
+        ends = np.stack([np.zeros(x.shape[1]), np.ones(x.shape[1])])
+        for s, t in zip(times[:-1], times[1:], strict=True):
+            ends, _ = self.transition(sampler, ends, float(s), float(t))
+        std = float(self.sde.prior_std) / float(sampler.stretch(self.sde))
+        return stats.norm.logpdf(x, ends[0], np.abs(ends[1] - ends[0]) * std).sum(axis=1)
+
+
+MAPS = {
+    "ddim": lambda n: DDIM(n),
+    "midpoint": lambda n: Midpoint(n),
+    "ode": lambda n: ODE(Solver("heun", fixed_steps=n)),
+}
+KERNELS = {
+    "euler_maruyama": lambda n: EulerMaruyama(n, "log_snr"),
+    "reverse_diffusion": lambda n: ReverseDiffusion(n, "log_snr"),
+    "ancestral": lambda n: Ancestral(n, "log_snr"),
+    "ddim": lambda n: DDIM(n, eta=0.5),
+}
+
+
+def check_map(name: str, family: str, d: int, n: int) -> None:
+    sde, sampler, rng = SDES[family](), MAPS[name](n), np.random.default_rng(d)
+    mean, variances = rng.normal(size=d), rng.uniform(0.1, 2.0, d)
+    for dtype, atol in ((jnp.float64, 1e-5), (jnp.float32, 1e-3)):
+        score = gaussian(sde, jnp.asarray(mean, dtype), jnp.asarray(variances, dtype))
+        z = jax.vmap(lambda key: sde.prior_sample(key, (d,)))(jax.random.split(jax.random.key(0)))
+
+        def draw(z: Array, score: Any = score) -> Any:
+            return sampler.sample_logp(score, sde, z, eps=EPS)
+
+        with jax.enable_x64(dtype == jnp.float64):
+            x, found = jax.jit(jax.vmap(draw))(jnp.asarray(np.asarray(z), dtype))
+        exact = Reference(sde, gaussian(sde, mean, variances))
+        expected = exact.logp_of_affine(sampler, np.asarray(x, float), EPS)
+        if name == "ode" and n < 3:  # One long step of Heun's method can fold.
+            expected = np.where(found.folds, np.nan, expected)
+        np.testing.assert_allclose(found.logp, expected, atol=atol)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_samples_have_the_density_of_the_affine_map(name: str) -> None:
+    check_map(name, "vp", d=3, n=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["vp", "subvp", "ve", "edm"])
+@pytest.mark.parametrize("name", MAPS)
+def test_samples_have_the_density_of_the_affine_map_for_every_sde(name: str, family: str) -> None:
+    for d, n in ((1, 1), (64, 10)) if family == "vp" else ((2, 5),):
+        check_map(name, family, d, n)
+
+
+@pytest.mark.parametrize(
+    "name", [*KERNELS][:1] + [pytest.param(name, marks=pytest.mark.slow) for name in [*KERNELS][1:]]
+)
+def test_paths_have_the_densities_of_their_normal_steps(name: str) -> None:
+    sde, sampler = VP(), KERNELS[name](4)
+    mean, variances = jnp.asarray([0.3, -0.2]), jnp.asarray([0.5, 0.1])
+    score = gaussian(sde, mean, variances)
+    z, key = jnp.asarray([0.4, -1.2]), jax.random.key(1)
+    path, found = jax.jit(lambda z: sampler.sample_path(score, sde, z, key, eps=EPS))(z)
+    np.testing.assert_allclose(path.x[-1], sampler(score, sde, z, key, eps=EPS)[0], rtol=1e-12)
+    x, times, exact = np.asarray(path.x), np.asarray(path.times), Reference(sde, score)
+    np.testing.assert_allclose(found.prior, stats.norm.logpdf(x[0]).sum(), rtol=1e-9)
+    steps = [
+        stats.norm.logpdf(x[i + 1], *exact.transition(sampler, x[i], times[i], times[i + 1])).sum()
+        for i in range(4)
+    ]
+    np.testing.assert_allclose(found.steps, steps, rtol=1e-9)
+    assert found.total == pytest.approx(float(found.prior) + sum(steps), rel=1e-9)
+
+
+MEANS = np.array([[1.5, 0.0], [-1.0, 1.0], [0.0, -1.5], [-1.5, -1.0]])
+
+
+def mixture() -> Any:
+    """log p_t of four Gaussians of standard deviation .5."""
+    sde = VP()
+
+    def logp(x: Array, t: Array) -> Array:
+        a, v = sde.mean_coef(t), 0.25 * sde.mean_coef(t) ** 2 + sde.std(t) ** 2
+        squares = jnp.sum((x[None] - a * MEANS) ** 2, axis=-1)
+        return jax.scipy.special.logsumexp(-0.5 * squares / v) - jnp.log(2 * jnp.pi * v * 4)
+
+    return logp
+
+
+def of_mixture(**options: Any) -> sbml.Density:
+    logp = mixture()
+    return sbml.Density(lambda x, t, key: jax.grad(logp)(x, t), VP(), (2,), eps=EPS, **options)
+
+
+def test_the_density_integrates_to_one() -> None:
+    """Over the images of the cells of a grid, whose areas are those of their corners."""
+    d, sampler = of_mixture(), Midpoint(4)
+    side = jnp.linspace(-6, 6, 241)
+    z = jnp.stack(jnp.meshgrid(side, side, indexing="ij"), axis=-1)
+    middles = 0.25 * (z[:-1, :-1] + z[1:, :-1] + z[1:, 1:] + z[:-1, 1:])
+
+    @jax.jit
+    def images(z: Array) -> Any:
+        return jax.vmap(lambda z: sampler.sample_logp(d.score, VP(), z, eps=EPS))(z)
+
+    corners = images(z.reshape(-1, 2))[0].reshape(z.shape)
+    p = jnp.exp(images(middles.reshape(-1, 2))[1].logp).reshape(middles.shape[:2])
+    one, other = corners[1:, 1:] - corners[:-1, :-1], corners[:-1, 1:] - corners[1:, :-1]
+    areas = 0.5 * (one[..., 0] * other[..., 1] - one[..., 1] * other[..., 0])
+    assert (areas > 0).all()
+    assert float(jnp.sum(p * areas)) == pytest.approx(1, abs=2e-3)
+
+
+def test_weights_of_a_sampler_and_its_gap() -> None:
+    logp = mixture()
+    found = of_mixture().importance(
+        jax.random.key(2), 1000, lambda x: logp(x, jnp.asarray(EPS)) + 3, sampler=Midpoint(10)
+    )
+    assert abs(found.log_z.mean - 3) < 1.5 * found.log_z.ci95 < 0.03
+    assert found.effective > 900 and found.solver_error.mean == 0
+    assert found.evaluations == 20 and "20 evaluations for a sample" in str(found)
+
+
+@pytest.mark.slow
+def test_the_gap_is_the_kl_of_two_gaussians() -> None:
+    mean, variances = jnp.asarray([0.3, -0.2]), jnp.asarray([0.5, 0.1])
+    sampler, sde = DDIM(6), VP()
+    d = sbml.Density(gaussian(sde, mean, variances), sde, (2,), eps=EPS)
+    found = d.gap(jax.random.key(0), 2000, sampler)
+    exact, unit = Reference(sde, d.score), np.eye(2)
+    points = np.stack([np.zeros(2), *unit])
+    ends = [exact.logp_of_affine(sampler, points, EPS)]  # A Gaussian's log p gives its moments.
+    times = np.asarray(sampler.times(sde, EPS))
+    moved = np.stack([np.zeros(2), np.ones(2)])
+    for s, t in zip(times[:-1], times[1:], strict=True):
+        moved, _ = exact.transition(sampler, moved, float(s), float(t))
+    m, v = moved[0], (moved[1] - moved[0]) ** 2
+    a, s, _ = exact.at(EPS)
+    of_model, at = a**2 * np.asarray(variances) + s**2, a * np.asarray(mean)
+    kl = 0.5 * np.sum(v / of_model + (m - at) ** 2 / of_model - 1 - np.log(v / of_model))
+    assert abs(found.mean - kl) < 1.5 * found.population.ci95 + 0.01 < 0.1
+    assert np.isfinite(ends).all() and set(found.terms) >= {"prior", "sampler"}
+
+
+def policy(theta: Array) -> sbml.Density:
+    """Data N(theta c, .25) for a condition c."""
+
+    def network(theta: Array, x: Array, t: Array, c: Array) -> Array:
+        a, s = VP().mean_coef(t), VP().std(t)
+        return (0.25 * a * x + s**2 * theta * c) / (0.25 * a**2 + s**2)
+
+    score = from_prediction(jax.tree_util.Partial(network, theta), "x0", VP())
+    return sbml.Density(score, VP(), (1,), eps=EPS, batch_size=200_000)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
+def test_the_policy_gradient_is_that_of_the_expected_reward(seed: int) -> None:
+    """The reward is x, whose expectation is affine in the parameter: it is that without noise."""
+    theta, sampler, n = jnp.asarray(0.7), Ancestral(4, "log_snr"), 200_000
+    c = jnp.asarray(1.5)
+    path, _ = policy(theta).sample_path(jax.random.key(seed), n, c, sampler=sampler)
+    reward = path.x[:, -1, 0]
+
+    @jax.jit
+    @jax.grad
+    def gradient(theta: Array) -> Array:
+        logp = policy(theta).path_log_prob(path, c).total
+        return jnp.mean((reward - reward.mean()) * logp)
+
+    def mean(theta: Array) -> Array:
+        score, x = policy(theta).score, jnp.zeros(1)
+        times = sampler.times(VP(), EPS)
+        for s, t in zip(times[:-1], times[1:], strict=True):
+            x = sampler.transition(conditioned(score, c), VP(), x, s, t).mean
+        return x[0]
+
+    assert float(gradient(theta)) == pytest.approx(float(jax.grad(mean)(theta)), rel=0.02)
+
+
+@pytest.mark.slow
+def test_changes_of_variables_of_samples_and_paths() -> None:
+    class Exponential:
+        def forward(self, x: Array) -> Array:
+            return jnp.exp(x)
+
+        def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
+            return jnp.log(y), -jnp.log(y)
+
+    plain, moved, key = of_mixture(), of_mixture(transform=Exponential()), jax.random.key(0)
+    (x, logp), (y, of_y) = (d.sample_and_log_prob(key, 4, sampler=DDIM(5)) for d in (plain, moved))
+    np.testing.assert_allclose(y, jnp.exp(x))
+    np.testing.assert_allclose(of_y, logp - x.sum(axis=1))
+    path, of_path = plain.sample_path(key, 4, sampler=Ancestral(5))
+    expected = of_path.total - path.x[:, -1].sum(axis=1)
+    np.testing.assert_allclose(moved.path_log_prob(path).total, expected)
+
+
+class Own(FixedSteps):
+    """A sampler with a step of its own."""
+
+    def step(self, score: Any, sde: SDE, x: Any, carry: Any, times: Any, z: Any) -> Any:
+        return x, carry
+
+
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda d: d.sample_and_log_prob(KEY, 2, sampler=Ancestral(3)), "is not a chain of fixed"),
+        (lambda d: d.sample_and_log_prob(KEY, 2, sampler=ODE()), "is not a chain of fixed steps"),
+        (
+            lambda d: d.sample_and_log_prob(KEY, 2, sampler=DPMSolver(3)),
+            "DPMSolver has no density.*remembers",
+        ),
+        (lambda d: d.sample_path(KEY, 2, sampler=DDIM(3)), "the variance of its steps is 0"),
+        (lambda d: d.sample_path(KEY, 2, sampler=Own(3)), "Own has no density.*transition"),
+        (
+            lambda d: d.sample_path(KEY, 2, sampler=Ancestral(3, corrector=Langevin())),
+            "corrector=Langevin.*has no density",
+        ),
+        (
+            lambda d: sbml.Density(d.score, VP(), (101,)).sample_and_log_prob(
+                KEY, 2, sampler=DDIM(3)
+            ),
+            "101 dimensions with a sampler.*max_dims=101",
+        ),
+        (
+            lambda d: Ancestral(4).path_log_prob(
+                d.score, VP(), Ancestral(3).sample_path(d.score, VP(), jnp.ones(2), KEY, eps=EPS)[0]
+            ),
+            r"path of Ancestral\(steps=3",
+        ),
+        (
+            # Euler's step has the slope 1 - h g^2 c / 2, which is negative for a large c.
+            lambda d: sbml.Density(lambda x, t, key: -50 * x, VP(), (1,)).sample_and_log_prob(
+                KEY, 2, sampler=ODE(Solver("euler", fixed_steps=1))
+            ),
+            "2 of 2 samples have no density: a step of ODE.*folds space",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_samplers_without_a_density_are_refused(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(of_mixture())

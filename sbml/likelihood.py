@@ -60,7 +60,7 @@ class Likelihood(NamedTuple):
     """log p = prior + divergence + correction in nats, the latent and the solver's stats.
 
     The fields before ``z`` are the terms. Estimators and ``Density`` add up all of them by their
-    names, so a further term is one more field that ``_along_ode`` computes.
+    names, so a further term is one more field before ``z``, which ``_along_ode`` computes.
 
     Attributes:
       prior: log pi(z).

@@ -321,8 +321,7 @@ class Experiment:
 
     def _template(self) -> Callable[[dict], TrainState]:
         mesh = sharding.data_mesh()
-        # This is not in ``template``, so that an error in the config is not taken for a damaged
-        # file.
+        # Errors in ``template`` are reported as damaged files. An error in the config is not one.
         expected = sharding.abstract(self.init_state, mesh)
 
         def template(metadata: dict) -> TrainState:

@@ -55,8 +55,9 @@ class Optim(Section):
     ema: float = field(0.9999, "decay of the parameters' average per step", ge=0, lt=1)
 
     def check(self) -> None:
-        """Check that ``eps`` does not hide the clipped gradient: 10^8 parameters that share its
-        norm have 10^-4 of it each, and Adam's step is |g| / (|g| + eps) of the rate."""
+        """Check that ``eps`` does not hide the clipped gradient. If its norm is spread evenly over
+        10^8 parameters, each entry is 10^-4 of the norm, and Adam's step is |g| / (|g| + eps) of
+        the rate."""
         if 0 < self.grad_clip < 1e4 * self.eps:
             needs = f"0, which is off, or at least 1e4 * {self.name_of('eps')}: Adam's steps vanish"
             raise refusal(self.name_of("grad_clip"), self.grad_clip, f"{needs} below it")

@@ -13,7 +13,8 @@ from sbml.types import Json
 
 T = TypeVar("T")
 
-# The fields of these sections were fields of ``eval`` and ``sampling``, with the same names.
+# The fields of these sections were fields of ``eval`` and ``sampling``, with the same names. So a
+# new field of them must not have the name of another field of ``eval`` or ``sampling``.
 NEW = {
     f"{section}.{field}": kind.name_of(field)
     for section, kinds in (("eval", (Ode, Bound, Quality)), ("sampling", (Solving,)))

@@ -12,9 +12,10 @@ uses:
 
 A mode returns the work directory in which it left results for the report, or None. A mode that
 cannot work raises a ValueError, which the program shows in one line. A function
-``check(experiment, workdir, before)`` beside it raises one if the mode cannot work after the modes
-``before``. It is called before the first mode runs. But if an earlier mode has neither
-``experiment`` nor ``trained``, such as a conversion, it makes the model, so the check follows it.
+``check(experiment, workdir, before)`` beside it raises one if it cannot work after the modes
+``before``. It is called before the first mode runs. There is one exception: a mode without
+``experiment`` and ``trained``, such as a conversion, makes the model of the later modes, which are
+checked after it.
 ``--mode`` also takes a function of another package, as ``package.module:function``. Files whose
 names begin with an underscore are parts that several modes share; ``_runner`` says what is done for
 every mode.

@@ -1,10 +1,12 @@
 """Runs the modes of a command, one after another, in one work directory.
 
-The runner gives each mode what its parameters ask for (``sbml.modes``), and does what all modes
-need: the lock of the work directory, which keeps another process from running the same mode there;
-for a mode of a trained model the precision of matrix products, ``eval.precision``, and a row in
-``history.jsonl``; one output for all processes; the request to save and stop; and the report, once,
-at the end of the command.
+The runner gives each mode what its parameters ask for (``sbml.modes``), and also
+
+    every mode          one output for all processes; the report, once, at the end of the command
+    workdir, trained    the lock, so that no other process runs the same mode in the work directory
+    trained             the precision of matrix products, ``eval.precision``, and a row in
+                        ``history.jsonl``
+    preemption          the request to save and stop
 """
 
 import contextlib

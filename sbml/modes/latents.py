@@ -97,8 +97,8 @@ def run(trained: Trained) -> None:
     # The term ``correction`` of a likelihood corrects the error of the solver's path. There is no
     # such term here, so the tolerances are ten times smaller.
     ode: dict[str, Any] = {"sde": sde, "solver": config.eval.ode.build().tighter(10)}
-    colours = config.data.shape[-1] == 3
-    tasks = {"inpainting": False, **({"colourisation": True} if colours else {})}
+    in_colour = config.data.shape[-1] == 3
+    tasks = {"inpainting": False, **({"colourisation": True} if in_colour else {})}
     bar = Bar(f"latents of {len(ids)} images", "picture", 2 + len(tasks))
     with bar:
         x = bits.to_model(jnp.asarray(images.images[ids]), 0.5, images.levels) / factor

@@ -199,7 +199,8 @@ def fit(experiment: Experiment, workdir: Workdir, learner: Learner) -> None:
         if learner.validate and remaining:  # An error, as of too little memory, then comes at once.
             with log.paused():
                 found = learner.validate(averaged())
-            if start and validates(start):  # The run may have stopped before this number.
+            # The run may have stopped after the step ``start``, before it was validated.
+            if start and validates(start):
                 log.validation(start, found)
 
         done, in_flight = start, _in_flight()
@@ -220,8 +221,10 @@ def fit(experiment: Experiment, workdir: Workdir, learner: Learner) -> None:
                 # A run that stops is validated when it continues.
                 validated = validates(done) and not (stop and done < total)
                 pictured = _passed(done, stride, section.sample_every)
-                row = saves or validated  # They end a row: a run that goes on begins a new one.
+                row = saves or validated  # They end a row of the log: the next step begins one.
 
+                # Before a save all losses up to it are read, so a state after a loss that is not
+                # finite is never saved.
                 while len(pending) > (0 if row or pictured else in_flight):
                     end, values = pending.popleft()
                     read = [sharding.to_host(values[name]) for name in ("loss", "grad_norm")]
@@ -236,7 +239,9 @@ def fit(experiment: Experiment, workdir: Workdir, learner: Learner) -> None:
                         log.row(end)
                     bar.update(stride, log.text)
 
-                if saves:  # If no save succeeds from here on, ``checkpoints`` raises an error.
+                # A save that fails is only logged if a later one succeeds. If none does, the
+                # context of ``checkpoints`` ends with an error.
+                if saves:
                     checkpoints.save(done, state, metadata)
                 if validated and learner.validate:
                     with log.paused():

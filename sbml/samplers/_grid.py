@@ -1,9 +1,10 @@
 """The base of samplers with a fixed number of steps: the grid of times, and the loop over it; and
 what a score predicts at one time, from which each step is made.
 
-    T = t_0 > t_1 > ... > t_n = eps,      x_{i+1} = step(x_i, t_i, t_{i+1}, z_i),  z_i ~ N(0, I)
+    t_0 > t_1 > ... > t_n = eps,      x_{i+1} = step(x_i, t_i, t_{i+1}, z_i),  z_i ~ N(0, I)
 
-T is the SDE's ``largest_time``, because the drift is infinite where the signal has vanished.
+The first time t_0 is the SDE's ``largest_time``, which is before T if the signal vanishes at T,
+because the drift is infinite there. From there to T, x is scaled by ``sde.stretch``.
 
 Given x, a step is normal: its mean and its standard deviation are the sampler's ``transition``.
 From them follow the densities of what is drawn (``sbml.samplers.density``).
@@ -38,7 +39,7 @@ from sbml.types import (
     predictor,
 )
 
-Path = Float[Array, "frames *s"]
+Frames = Float[Array, "frames *s"]
 Times = Float[Array, "frames"]
 Triple = Float[Array, "3"]
 
@@ -61,7 +62,7 @@ class Sampler(Protocol):
 
     def path(
         self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number, frames: int
-    ) -> tuple[Path, Times]:
+    ) -> tuple[Frames, Times]:
         """x ``(frames, *s)`` at times ``(frames,)`` from T to ``eps``; the first is the latent."""
         ...
 
@@ -100,7 +101,7 @@ def predictions(score: Score, sde: SDE, x: Example, t: Scalar) -> tuple[Example,
 
 def frames_of(
     z: Example, path: Float[Array, " steps *s"], times: Float[Array, " steps+1"], frames: int
-) -> tuple[Path, Times]:
+) -> tuple[Frames, Times]:
     """``frames`` evenly spaced points of z followed by ``path (n, *s)``, and their times."""
     index = jnp.round(jnp.linspace(0, len(path), frames)).astype(int)
     return jnp.concatenate([z[None], path])[index], times[index]
@@ -195,7 +196,7 @@ class FixedSteps(Chain):
     @checked
     def path(
         self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number, frames: Count
-    ) -> tuple[Path, Times]:
+    ) -> tuple[Frames, Times]:
         """See :class:`Sampler`; the frames are evenly spaced among the steps."""
         _, path, times = self._scan(score, sde, z, key, eps, keep=True)
         return frames_of(z, path, times, frames)

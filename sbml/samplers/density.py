@@ -1,18 +1,18 @@
 """The density of what a sampler draws in its finite number of steps.
 
-*Deterministic samplers.* A step is a map x_(k+1) = F_k(x_k), and x_0 = z / S with z from the prior
-pi and S = ``sde.stretch``. The density of the sample x_n is exact, whatever the steps are:
+*Deterministic samplers.* A step is a map y_(k+1) = F_k(y_k), and y_0 = z / S with z from the prior
+pi and S = ``sde.stretch``. The density of the sample y_n is exact, whatever the steps are:
 
-    log p(x_n) = log pi(z) + d log S - sum_k log |det dF_k/dx|       nats
+    log p(y_n) = log pi(z) + d log S - sum_k log |det dF_k/dy|       nats
 
 A step's Jacobian comes from d tangents, and its determinant is taken step by step: the product of
 the Jacobians would lose its small singular values in float32. The formula needs injective steps. If
 a determinant is negative, the step folds space, and the density is NaN. Data are not evaluated in
 this way, because the steps from data to noise fold much more often.
 
-*Stochastic samplers.* A step is a draw from N(mu_k(x_k), s_k^2 I), and a path x_0, ..., x_n has
+*Stochastic samplers.* A step is a draw from N(mu_k(y_k), s_k^2 I), and a path y_0, ..., y_n has
 
-    log p(path) = log N(x_0; 0, (sigma_T / S)^2 I) + sum_k log N(x_(k+1); mu_k(x_k), s_k^2 I)
+    log p(path) = log N(y_0; 0, (sigma_T / S)^2 I) + sum_k log N(y_(k+1); mu_k(y_k), s_k^2 I)
 
 Its gradients with respect to the parameters of the score are those that policy gradients need.
 
@@ -117,7 +117,7 @@ class Chain(abc.ABC):
         """Whether all steps have standard deviation 0."""
 
     def stretch(self, sde: SDE) -> Number:
-        """S, the factor from x_0 to the latent."""
+        """S, the factor from y_0 to the latent."""
         return sde.stretch
 
     @property
@@ -127,7 +127,7 @@ class Chain(abc.ABC):
 
     @abc.abstractmethod
     def times(self, sde: SDE, eps: Number) -> Times:
-        """The times of the steps, from that of x_0 = z / S down to ``eps``."""
+        """The times of the steps, from that of y_0 = z / S down to ``eps``."""
 
     def transition(self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar) -> Transition:
         """The distribution of x at time ``t`` given ``x (*s)`` at time ``s`` > ``t``."""

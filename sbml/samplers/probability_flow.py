@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from sbml.door import checked, typed
 from sbml.ode import METHODS, Solver, Stats, flow
-from sbml.samplers._grid import Path, Times, denoise, frames_of
+from sbml.samplers._grid import Frames, Times, denoise, frames_of
 from sbml.samplers.density import Chain, Transition
 from sbml.scalars import Count, Number
 from sbml.sdes import SDE
@@ -112,7 +112,7 @@ class ODE(Chain):
     @checked
     def path(
         self, score: Score, sde: SDE, z: Example, key: Key | None, *, eps: Number, frames: Count
-    ) -> tuple[Path, Times]:
+    ) -> tuple[Frames, Times]:
         """See ``Sampler``.
 
         The frames are evenly spaced in the coordinate of the solver. If it has fixed steps, the

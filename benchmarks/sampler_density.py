@@ -62,7 +62,7 @@ def table(name: str, density: sbml.Density, unit: float, evaluations: tuple[int,
     for label, make in SAMPLERS.items():
         for count in evaluations:
             sampler = make(count)
-            found = density.gap(key, SAMPLES, sampler)
+            found = density.gap(key, SAMPLES, sampler=sampler)
             weights = np.exp(-found.values - np.max(-found.values))
             effective = weights.sum() ** 2 / (weights**2).sum() / len(weights)
             draw = functools.partial(density.sample_and_log_prob, key, SAMPLES, sampler=sampler)

@@ -20,7 +20,7 @@ number for each example and its mean with error bars (:class:`~sbml.estimate.Est
     density.bound(x)               the evidence bound on -log p(x) in nats
     density.classify(x, c)         log p(x | c) for several conditions c, and their posterior
     density.importance(key, n, u)  weights of samples for a density exp(u), and its normaliser
-    density.gap(key, n, sampler)   KL of a sampler's density from that of the ODE
+    density.gap(key, n, sampler=s) KL of a sampler's density from that of the ODE
     density.latent(x)              the ODE's solution at T from x;  density.decode(z): the inverse
 
 The random draws of a measurement for an example depend only on ``seed``, on the example's place in
@@ -608,9 +608,9 @@ class Density:
         self,
         key: Key,
         n: Count,
-        sampler: Chain,
         condition: Any = None,
         *,
+        sampler: Chain,
         max_dims: Count = 100,
     ) -> Estimate:
         """KL(p_N || p) in nats: how far the density p_N of a ``sampler`` with few steps is from
@@ -618,11 +618,13 @@ class Density:
 
             KL = E[log p_N(x) - log p(x)],      x from p_N
 
-        The terms are those of -:meth:`logp` of the ``n`` samples, and ``sampler``, which is
-        log p_N. The arguments and errors are those of :meth:`sample_and_log_prob`.
+        The terms are the negative ones of :meth:`logp` of the ``n`` samples, and ``sampler``, which
+        is log p_N. Both densities begin with the prior, so its error is not in the difference. The
+        arguments and errors are those of :meth:`sample_and_log_prob`.
         """
         x, logp = self.sample_and_log_prob(key, n, condition, sampler=sampler, max_dims=max_dims)
-        return (-self.logp(np.asarray(x), condition)).with_term("sampler", np.asarray(logp))
+        of_ode = dataclasses.replace(-self.logp(np.asarray(x), condition), prior_error=None)
+        return of_ode.with_term("sampler", np.asarray(logp))
 
     def latent(self, x: Any, condition: Any = None) -> Examples:
         """The latents ``(n, *shape)``: the ODE's solutions at T from ``x`` at t = eps."""
@@ -655,6 +657,11 @@ class Density:
 
     def _conditions(self, condition: Any, batch: tuple[int, ...]) -> Any:
         """The conditions of all examples of ``batch``, a pytree of arrays ``(n, ...)``; or None."""
+        if condition is None and self.condition_shape != ():
+            raise ValueError(
+                f"condition=None, but condition_shape={self.condition_shape}: give one condition "
+                "of this shape for all examples, or one for each"
+            )
         more = () if condition is None else ("condition",)
         if isinstance(self.score, NetworkScore) and isinstance(self.score.how, Foreign):
             check_function(self.score.how.network, "network", "x", "t", *more)

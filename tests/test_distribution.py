@@ -589,6 +589,10 @@ def test_modules_of_several_frameworks_give_the_same_density() -> None:
         ),
         (lambda: density(condition_shape={"a": (-1,)}), "condition_shape is {'a'.*: give a shape"),
         (
+            lambda: sbml.Density(conditional(), SDE, (3,), condition_shape=(2,)).log_prob(X),
+            r"condition=None, but condition_shape=\(2,\): give one condition",
+        ),
+        (
             lambda: sbml.Density(conditional(), SDE, (3,)).log_prob(X, condition="a"),
             r"condition is 'a' \(str\): give arrays of numbers",
         ),

@@ -218,7 +218,7 @@ def test_the_gap_is_the_kl_of_two_gaussians() -> None:
     mean, variances = jnp.asarray([0.3, -0.2]), jnp.asarray([0.5, 0.1])
     sampler, sde = DDIM(6), VP()
     d = sbml.Density(gaussian(sde, mean, variances), sde, (2,), eps=EPS)
-    found = d.gap(jax.random.key(0), 2000, sampler)
+    found = d.gap(jax.random.key(0), 2000, sampler=sampler)
     exact, unit = Reference(sde, d.score), np.eye(2)
     points = np.stack([np.zeros(2), *unit])
     ends = [exact.logp_of_affine(sampler, points, EPS)]  # A Gaussian's log p gives its moments.
@@ -232,6 +232,7 @@ def test_the_gap_is_the_kl_of_two_gaussians() -> None:
     kl = 0.5 * np.sum(v / of_model + (m - at) ** 2 / of_model - 1 - np.log(v / of_model))
     assert abs(found.mean - kl) < 1.5 * found.population.ci95 + 0.01 < 0.1
     assert np.isfinite(ends).all() and set(found.terms) >= {"prior", "sampler"}
+    assert found.prior_error is None  # Both densities begin with the prior.
 
 
 def policy(theta: Array) -> sbml.Density:

@@ -95,7 +95,7 @@ def gap(trained: Trained, sampler: Sampler) -> str:
     classes = len(trained.classes)
     condition = np.arange(COMPARED) % classes if classes else None
     key = stream(jax.random.key(trained.experiment.config.sampling.seed), "sampler")
-    found = density.gap(key, COMPARED, sampler, condition)
+    found = density.gap(key, COMPARED, condition, sampler=sampler)
     for warning in found.warnings("eval.ode."):
         logging.warning("gap: %s", warning)
     name, unit = (

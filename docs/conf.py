@@ -2,7 +2,7 @@
 
     sphinx-build -W --keep-going -n -b html docs docs/_build/html   builds; a warning is an error
     sphinx-autobuild docs docs/_build/html --watch sbml             serves; builds again on changes
-    ... -D nb_execution_mode=force                                  executes three of the notebooks
+    ... -D nb_execution_mode=force                                  executes five of the notebooks
 
 The build downloads only the inventories of other projects' documentation. If one of them cannot be
 reached, links to that project are plain text. SBML_DOCS_OFFLINE=1 skips the download. Equations are

@@ -31,6 +31,11 @@ def reduced(name: str, folder: Path) -> dict[str, Any]:
             "NETWORK": {"nf": 8, "ch_mult": (1, 1), "num_res_blocks": 1},
         },
         "losses_in_your_code": {"STEPS": 20},
+        "policy_gradient": {
+            **{"REPEATS": 2, "UPDATES": 5, "STEPS": 20, "TUNING": 5, "PATHS": 16},
+            **{"DRAWS": 200, "GRID": 101},
+        },
+        "boltzmann": {"CHAINS": 50, "KEPT": 2, "STEPS": 20, "SAMPLES": 200},
         "posterior_of_a_simulator": {"SIMULATIONS": 500, "STEPS": 20, "EXAMPLES": 8, "DRAWS": 2},
         "cifar10_tpu": {"STEPS": 2, "WORKDIR": str(folder), "FLAGS": TINY},
     }[name]

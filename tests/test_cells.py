@@ -218,9 +218,9 @@ def test_the_bar_shows_the_mean_of_all_rows_so_far(trained, tmp_path, monkeypatc
     cell, sweeps, shown = BOUND, 3, []
     update = Bar.update
 
-    def recorded(bar: Bar, n: int, text: str) -> None:
-        update(bar, n, text)
-        shown.append((bar.name, text))
+    def recorded(bar: Bar, n: int) -> None:
+        update(bar, n)
+        shown.append((bar.desc.removesuffix(": "), bar._text))
 
     few = {"batch_size": 16, "max_images": 40, "bound": {"sweeps": sweeps}}
     numbers(cell_run(trained, tmp_path, cell, **few | {"max_images": 10}), np.arange(10))

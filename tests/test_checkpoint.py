@@ -182,6 +182,7 @@ def _one_of_two(process: int, address: str, directory: Path) -> None:
     jax.distributed.shutdown()
 
 
+@pytest.mark.slow
 def test_two_processes_save_and_agree_on_damage(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -125,6 +125,7 @@ def test_evaluating_without_a_checkpoint_says_so(tmp_path: Path) -> None:
         runs.mode(evaluate.run, tiny.get_config(), tmp_path)
 
 
+@pytest.mark.slow
 def test_warnings_are_logged_before_the_images_are_evaluated(
     digits_model, tmp_path, monkeypatch, caplog
 ):

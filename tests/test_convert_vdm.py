@@ -76,6 +76,7 @@ def test_every_array_arrives(converted: Path) -> None:
     assert {float(np.asarray(a).max()) for a in jax.tree.leaves(adam.nu)} == {0.5}
 
 
+@pytest.mark.slow
 def test_the_work_directory_carries_network_schedule_and_label(converted: Path) -> None:
     fitted = runs.fitted(config(), converted)
     expected = {**reference.OPTIONS, "attention": False, "dropout": 0.1}

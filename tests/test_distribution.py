@@ -171,6 +171,7 @@ def test_the_memory_of_a_gradient_grows_much_less_than_the_steps() -> None:
     assert memory(1024) < 6 * memory(16)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_a_forward_solver_says_how_to_get_gradients() -> None:
     with pytest.raises(Exception, match='adjoint="reverse"'):
@@ -351,6 +352,7 @@ def test_a_change_of_variables_in_measurements_and_of_other_packages() -> None:
         density(transform=wrong).sample(jax.random.key(0), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_a_linear_subspace_has_the_density_of_its_coordinates() -> None:
     """x = B y with orthonormal columns, such as positions without their centre of mass."""

@@ -297,6 +297,7 @@ def test_integers_that_are_not_dequantized_are_refused(trained, tmp_path):
     check_first_batch(run.shared, run.dequantization)
 
 
+@pytest.mark.slow
 def test_the_report_tells_how_its_model_was_trained(trained, tmp_path):
     """The report shows the checkpoint's training settings, not those in the evaluation's config; it
     leaves out samples of another model."""

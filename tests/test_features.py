@@ -110,6 +110,7 @@ def test_without_weights_the_error_says_what_to_do(weights: str, tmp_path: Path)
         EXTRACTORS["inception"](weights=weights, sha256="", levels=256, cache=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_leaves_of_unsuitable_weights_are_named(tmp_path: Path) -> None:
     state = dict(weights("pytorch_fid"))
     state["fc.bias"] = np.zeros(3, np.float32)

@@ -309,6 +309,7 @@ def test_foreign_parameters_become_exactly_the_models_tree(reference: Any) -> No
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in expected.items()}
 
 
+@pytest.mark.slow
 def test_logits_and_log_q_of_a_foreign_flow(reference: Any) -> None:
     theirs, arrays = reference
     model = flowpp.Model(filters=16, components=4)

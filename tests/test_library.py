@@ -305,6 +305,7 @@ def test_the_gradient_is_the_derivative_of_the_objective() -> None:
     np.testing.assert_allclose((moved(h) - moved(-h)) / (2 * h), slope, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_one_example_without_jit_or_vmap(name: str) -> None:
     score = library(name).score(library(name).net)

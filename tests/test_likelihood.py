@@ -178,6 +178,7 @@ def test_an_easy_path_does_not_hide_a_rough_divergence(
     np.testing.assert_allclose(total, 2 * jnp.log(last / first), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_tolerances_are_per_dimension() -> None:
     """Three hundred equal dimensions need as many steps as one dimension."""
 
@@ -257,6 +258,7 @@ def test_results_do_not_depend_on_batch_mates() -> None:
     assert together.stats.nfe[4] > 1.5 * together.stats.nfe[:4].max()
 
 
+@pytest.mark.slow
 def test_a_solver_that_gives_up_returns_nan_for_that_example_only() -> None:
     """One example needs too many steps. Another one is NaN, so it cannot be solved at all."""
     x = examples().at[3].set(jnp.nan)
@@ -281,6 +283,7 @@ def test_float32_reaches_its_precision() -> None:
     np.testing.assert_allclose(result.logp[0], likelihoods("mixture").logp[0], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_example_far_outside_the_data_is_given_up_early() -> None:
     """In float32, the rounding error of such a large x looks like an error of the step. It does not
     become smaller with shorter steps."""

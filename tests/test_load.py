@@ -18,6 +18,7 @@ def density(digits_model: Path) -> sbml.Density:
     return load(digits_model)
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_an_evaluation(
     density: sbml.Density, digits_model: Path, tmp_path: Path
 ) -> None:

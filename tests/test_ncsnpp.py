@@ -279,6 +279,7 @@ def test_carried_pyramids_of_three_levels(rescale: bool) -> None:
     same(calls.out(f"{BLOCK}2"), both / root)
 
 
+@pytest.mark.slow
 def test_ddpm_blocks_and_concatenated_pyramid() -> None:
     calls = Calls(
         resblock_type="ddpm",

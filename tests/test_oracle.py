@@ -62,6 +62,7 @@ def test_the_tails_are_those_of_students_t() -> None:
     np.testing.assert_allclose(data.log_prob(x), t, atol=0.02)
 
 
+@pytest.mark.slow
 def test_the_score_of_a_class_is_its_own() -> None:
     data, x, t = oracle.classes(SDES["vp"]()), jnp.asarray(X[0, :2]), jnp.asarray(0.1)
     for c in range(2):

@@ -54,6 +54,7 @@ def test_the_error_of_an_exact_score_is_the_priors(name: str, one: float) -> Non
     assert divergence > 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sde", "each"), [(VP(), 0.0198), (RectifiedFlow(), 0.003)])
 def test_the_printed_prior_error_is_the_error_of_an_exact_score(sde: SDE, each: float) -> None:
     """For a mean of norm 3. The ODE of a flow ends where 0.1% of the signal is left."""
@@ -79,6 +80,7 @@ def test_a_bound_has_no_prior_error_and_a_larger_beta_max_makes_it_smaller() -> 
     assert density.bound(np.ones((4, 2)), reduce=False).prior_error is None
 
 
+@pytest.mark.slow
 def test_the_posterior_of_a_class_has_the_prior_error_of_the_classes() -> None:
     """Of two classes with means m and -m, whose common mean is 0."""
     sde, n, mean, std = VP(), 40, np.array([0.6, 0.8]), 1.0

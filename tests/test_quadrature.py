@@ -230,6 +230,7 @@ def test_evaluations_are_counted(method: str) -> None:
     assert calls["joint"] == 1 + 3 * (stats.accepted + stats.rejected)
 
 
+@pytest.mark.slow
 def test_integrals_backwards_are_those_of_the_same_path() -> None:
     solver = Solver(rtol=1e-8, atol=1e-8)
     joint = both(decay, square)

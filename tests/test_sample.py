@@ -225,6 +225,7 @@ def test_the_frames_of_a_strip_have_the_datas_range() -> None:
     assert len(np.unique(shown)) > 10
 
 
+@pytest.mark.slow
 def test_a_strip_goes_with_its_samples(trained: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Samples without a strip remove the strip of earlier samples; times before those of training
     give a warning."""

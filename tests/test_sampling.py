@@ -45,6 +45,7 @@ def test_decoding_a_gaussian_is_its_closed_form_map(name: str) -> None:
     np.testing.assert_allclose(samples, flow(start, last, EPS), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sample_is_a_decoded_prior_draw() -> None:
     """Two keys give two samples, each from its own latent."""
     sde = SDES["vp"]()

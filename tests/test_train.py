@@ -280,6 +280,7 @@ def test_processes_that_see_other_folders_are_refused(tmp_path):
     assert not [path for folder in "ab" for path in (tmp_path / folder).iterdir()]
 
 
+@pytest.mark.slow
 def test_processes_with_other_images_are_refused(tmp_path):
     """Each takes its rows of a batch from its own copy: images would be repeated and left out."""
     second = ("--config.data.validation=0.1",)

@@ -305,6 +305,7 @@ def test_schedule_decoder_bound_and_gradient_in_float32(monkeypatch: pytest.Monk
         assert abs(np.linalg.norm(leaf) - expected) < 5e-4 * norm, name
 
 
+@pytest.mark.slow
 def test_steps_of_the_sampler(params: dict[str, Any]) -> None:
     """VDM's sampler is ancestral sampling with equal steps in t; pixels take the nearest value."""
     sde = vdm_checkpoint.schedule(params["gamma"])

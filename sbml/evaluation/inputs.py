@@ -61,9 +61,7 @@ class Inputs(Trained):
     def about(self) -> dict[str, Any]:
         """What every stored number of this evaluation depends on, as plain JSON values."""
         seed = self.experiment.config.eval.seed
-        precision = jax.config.jax_default_matmul_precision
-        data = self.images.fingerprint
-        return {**super().about, "data": data, "seed": seed, "precision": precision}
+        return {**super().about, "data": self.images.fingerprint, "seed": seed}
 
     @functools.cached_property
     def control(self) -> GaussianControl | None:

@@ -36,12 +36,14 @@ def _digest(identity: Mapping[str, object]) -> str:
 def compute_once(
     root: epath.PathLike, name: str, identity: Json, make: Callable[[], Mapping[str, ArrayLike]]
 ) -> dict[str, np.ndarray]:
-    """The result of the first call of ``make`` for this ``identity``, stored in a file of ``root``.
+    """The result of the first call of ``make`` for this ``identity`` and the present precision of
+    matrix products, stored in a file of ``root``.
 
     If the arrays were computed again on another machine, they could differ in their last digits,
     and a resumed run could not use the results that depend on the first arrays. All processes call
     this function, and therefore ``make``, together.
     """
+    identity = {**identity, "precision": jax.config.jax_default_matmul_precision}
     path = epath.Path(root) / f"{name}_{_digest(identity)}.npz"
     sharding.barrier(f"{name} sought")
     if intact_npz(path) is None:

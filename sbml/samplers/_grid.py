@@ -112,7 +112,7 @@ def frames_of(
 class FixedSteps(Chain):
     """``steps`` steps with ``evaluations`` of the score each; ``corrector`` follows each step.
 
-    A sampler has a :meth:`transition`, from which its :meth:`step` and its densities follow. If its
+    A sampler has a ``transition``, from which its ``step`` and its densities follow. If its
     steps are not normal given x, it has a ``step`` of its own and no density.
 
     Attributes:

@@ -190,6 +190,16 @@ def test_costs_are_those_of_the_training_that_made_the_checkpoint(tmp_path: Path
     assert "new; new, modified" in text
 
 
+def test_an_evaluation_without_a_field_is_refused(tmp_path: Path) -> None:
+    log(tmp_path, 2)
+    evaluated(tmp_path, {"step": 2, "parameters_crc32": 7})
+    stored = Workdir(tmp_path).read(EVALUATION)
+    del stored["results"][0]["split"]
+    Workdir(tmp_path).write(EVALUATION, stored)
+    with pytest.raises(ValueError, match="evaluation.json is no result .*evaluate again"):
+        summary.write(Workdir(tmp_path), lambda split: data.load("digits", split, data.Options()))
+
+
 def test_without_a_process_the_training_has_stopped_or_is_complete(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,8 +58,8 @@ def write(
     table, images = None, None
     if workdir.has(EVALUATION):
         stored = workdir.read(EVALUATION)
-        split = stored["results"][0]["split"]
-        evaluated = stored["data"][split]
+        split = Result.read(stored["results"][0]).split
+        evaluated = stored["data"].get(split)
         try:
             images = load(split)
             if images.fingerprint != evaluated:

@@ -22,7 +22,7 @@ from sbml.ode import Solver
 from sbml.posterior import Importance, Posterior
 from sbml.score import NetworkScore, from_prediction
 from sbml.sdes import VP, RectifiedFlow
-from sbml.types import Array
+from sbml.types import Array, conditioned
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -218,6 +218,8 @@ def test_a_condition_is_for_all_examples_or_for_each() -> None:
     np.testing.assert_allclose(d.log_prob(X, condition=each), exact(X, means), atol=1e-7)
     x, logp = d.sample_and_log_prob(jax.random.key(0), 4, each)
     np.testing.assert_allclose(logp, exact(x, means), atol=1e-7)
+    plain = conditioned(lambda x, t, key, c: c - x, jnp.asarray(2.0))
+    assert plain(jnp.asarray(0.5), jnp.asarray(0.1), None) == 1.5
 
 
 @pytest.mark.slow

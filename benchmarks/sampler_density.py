@@ -64,7 +64,11 @@ def table(
     for label, make in SAMPLERS.items():
         for count in evaluations:
             sampler = make(count)
-            found = density.gap(key, n, sampler=sampler)
+            try:
+                found = density.gap(key, n, sampler=sampler)
+            except ValueError as error:  # A step folds space.
+                print(f"| {name} | {label} | {count} | {str(error).partition(':')[0]} | | |")
+                continue
             weights = np.exp(-found.values - np.max(-found.values))
             effective = weights.sum() ** 2 / (weights**2).sum() / len(weights)
             draw = functools.partial(density.sample_and_log_prob, key, n, sampler=sampler)

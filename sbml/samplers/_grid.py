@@ -23,7 +23,7 @@ from jaxtyping import Float
 from sbml.door import checked, typed
 from sbml.ode import Stats
 from sbml.samplers.corrector import Corrector, NoCorrector
-from sbml.samplers.density import Chain, step_noise
+from sbml.samplers.density import Chain
 from sbml.scalars import Count, Number, one_of
 from sbml.sdes import SDE
 from sbml.streams import stream
@@ -174,9 +174,11 @@ class FixedSteps(Chain):
             x, carry = state
             i, triple = inputs
             triple = triple.astype(x.dtype)
-            x, carry = self.step(score, sde, x, carry, triple, step_noise(key, i, x))
-            corrector_key = stream(jax.random.fold_in(key, i), "corrector")
-            x = self.corrector(score, sde, x, triple[1], triple[2], corrector_key)
+            step_key = jax.random.fold_in(key, i)
+            noise = jax.random.normal(stream(step_key, "noise"), x.shape, x.dtype)
+            x, carry = self.step(score, sde, x, carry, triple, noise)
+            own_key = stream(step_key, "corrector")
+            x = self.corrector(score, sde, x, triple[1], triple[2], own_key)
             return (x, carry), x if keep else None
 
         start = z / sde.stretch  # The latent is at T, and the first step begins at largest_time.

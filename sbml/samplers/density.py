@@ -24,7 +24,6 @@ sampler is a map of x together with its earlier predictions, and not of x alone.
 
 import abc
 import dataclasses
-import math
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -34,7 +33,6 @@ from jaxtyping import Float
 from sbml.door import checked
 from sbml.scalars import Number
 from sbml.sdes import SDE
-from sbml.streams import stream
 from sbml.types import Array, Example, Key, Scalar, Score, in_full_precision
 
 Times = Float[Array, " points"]
@@ -57,7 +55,7 @@ class MapLogProb(NamedTuple):
 
     Attributes:
       prior: the log density of the latent under the prior.
-      log_det: the sum over the steps of log |det dF/dx|, minus d log S.
+      log_det: the sum over the steps of log |det dF/dy|, minus d log S.
       folds: whether a step has a negative determinant, so that the density is not known.
     """
 
@@ -128,6 +126,12 @@ class Chain(abc.ABC):
     @abc.abstractmethod
     def times(self, sde: SDE, eps: Number) -> Times:
         """The times of the steps, from that of y_0 = z / S down to ``eps``."""
+
+    @abc.abstractmethod
+    def path(
+        self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number, frames: int
+    ) -> tuple[Array, Times]:
+        """``frames`` points on the way of the latent ``z (*s)``, from z on, and their times."""
 
     def transition(self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar) -> Transition:
         """The distribution of x at time ``t`` given ``x (*s)`` at time ``s`` > ``t``."""
@@ -206,20 +210,9 @@ class Chain(abc.ABC):
           ValueError: the sampler is deterministic, or it has a corrector.
         """
         self.check_density(deterministic=False)
-        sde.check_time(eps)
-        z = in_full_precision(z)
-        times = self.times(sde, eps).astype(z.dtype)
-
-        def one(x: Example, inputs: tuple[Array, Scalar, Scalar]) -> tuple[Example, Example]:
-            i, s, t = inputs
-            noise = step_noise(key, i, x)
-            mean, std = self.transition(score, sde, x, s, t)
-            x = mean + std * noise
-            return x, x
-
-        start = z / self.stretch(sde)
-        _, rest = jax.lax.scan(one, start, (jnp.arange(len(times) - 1), times[:-1], times[1:]))
-        path = Path(jnp.concatenate([start[None], rest]), times, self)
+        count = len(self.times(sde, eps))
+        points, times = self.path(score, sde, z, key, eps=eps, frames=count)
+        path = Path(points.at[0].divide(self.stretch(sde)), times, self)
         return path, self.path_log_prob(score, sde, path)
 
     @checked
@@ -238,16 +231,9 @@ class Chain(abc.ABC):
 
         def one(x: Example, after: Example, s: Scalar, t: Scalar) -> Scalar:
             mean, std = self.transition(score, sde, x, s, t)
-            z = (after - mean) / std
-            log_std = jnp.log(std) + 0.5 * math.log(2 * math.pi)
-            return -0.5 * jnp.sum(z**2) - z.size * log_std
+            return jnp.sum(jax.scipy.stats.norm.logpdf(after, mean, std))
 
         steps = jax.lax.map(lambda a: one(*a), (x[:-1], x[1:], path.times[:-1], path.times[1:]))
         stretch = jnp.asarray(self.stretch(sde), x.dtype)
         prior = sde.prior_logp(x[0] * stretch) + x[0].size * jnp.log(stretch)
         return PathLogProb(prior, steps)
-
-
-def step_noise(key: Key, i: Array, x: Example) -> Example:
-    """The noise of step ``i`` of a sampler, like ``x``."""
-    return jax.random.normal(stream(jax.random.fold_in(key, i), "noise"), x.shape, x.dtype)

@@ -251,7 +251,7 @@ class Density:
             return y
         # A lost sample must not pass for a black image.
         lost = jnp.sum(~jnp.isfinite(x).reshape(n, -1).all(axis=1))
-        _checked(_check_samples, n, self.solver, lost)
+        _check_lost(_check_samples, n, self.solver, lost)
         return bits.to_pixels(x, self.levels)
 
     @checked
@@ -284,17 +284,15 @@ class Density:
             sampler folds space, so that the density is not known.
         """
         conditions, keys = self._conditions(condition, (n,)), jax.random.split(key, n)
-        if sampler is not None:
-            sampler.check_density(deterministic=True)
-            if self.dims > max_dims:
-                raise ValueError(
-                    f"{self.dims} dimensions with a sampler: each step would cost {self.dims + 1} "
-                    f"evaluations of the score and a determinant; if that is meant, give max_dims="
-                    f"{self.dims}"
-                )
+        if sampler is not None and self.dims > max_dims:
+            raise ValueError(
+                f"{self.dims} dimensions with a sampler: each step would cost {self.dims + 1} "
+                f"evaluations of the score and a determinant; if that is meant, give max_dims="
+                f"{self.dims}"
+            )
         x, logp = self._each(_sample_and_log_prob, (keys,), conditions, sampler=sampler)
         if sampler is not None:
-            _checked(_check_folds, n, sampler, jnp.sum(jnp.isnan(logp)))
+            _check_lost(_check_folds, n, sampler, jnp.sum(jnp.isnan(logp)))
         if self.transform is None:
             return x, logp
         y = transforms.forward(self.transform, x)
@@ -313,7 +311,6 @@ class Density:
         Raises:
           ValueError: the steps of the sampler have no noise, or it has a corrector.
         """
-        sampler.check_density(deterministic=False)
         conditions, keys = self._conditions(condition, (n,)), jax.random.split(key, n)
         path, found = self._each(_sample_path, (keys,), conditions, sampler=sampler)
         return path, self._with_transform(path, found)
@@ -875,7 +872,7 @@ class WithLatent(ode_estimator.Estimator):
         return {**terms, "importance": zero, "latent": found.z}, found.stats.nfe
 
 
-def _checked(check: Callable[..., None], n: int, how: Any, lost: Array) -> None:
+def _check_lost(check: Callable[..., None], n: int, how: Any, lost: Array) -> None:
     """``check(n, how, lost)``, also under ``jit``, where it is called when ``lost`` is known."""
     if isinstance(lost, jax.core.Tracer):
         jax.debug.callback(functools.partial(check, n, how), lost)

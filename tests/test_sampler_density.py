@@ -160,7 +160,7 @@ def test_paths_have_the_densities_of_their_normal_steps(name: str) -> None:
         stats.norm.logpdf(x[i + 1], *exact.transition(sampler, x[i], times[i], times[i + 1])).sum()
         for i in range(4)
     ]
-    np.testing.assert_allclose(found.steps, steps, rtol=1e-9)
+    np.testing.assert_allclose(found.steps, steps, rtol=1e-12)
     assert found.total == pytest.approx(float(found.prior) + sum(steps), rel=1e-9)
 
 
@@ -219,9 +219,7 @@ def test_the_gap_is_the_kl_of_two_gaussians() -> None:
     sampler, sde = DDIM(6), VP()
     d = sbml.Density(gaussian(sde, mean, variances), sde, (2,), eps=EPS)
     found = d.gap(jax.random.key(0), 2000, sampler=sampler)
-    exact, unit = Reference(sde, d.score), np.eye(2)
-    points = np.stack([np.zeros(2), *unit])
-    ends = [exact.logp_of_affine(sampler, points, EPS)]  # A Gaussian's log p gives its moments.
+    exact = Reference(sde, d.score)
     times = np.asarray(sampler.times(sde, EPS))
     moved = np.stack([np.zeros(2), np.ones(2)])
     for s, t in zip(times[:-1], times[1:], strict=True):
@@ -231,7 +229,7 @@ def test_the_gap_is_the_kl_of_two_gaussians() -> None:
     of_model, at = a**2 * np.asarray(variances) + s**2, a * np.asarray(mean)
     kl = 0.5 * np.sum(v / of_model + (m - at) ** 2 / of_model - 1 - np.log(v / of_model))
     assert abs(found.mean - kl) < 1.5 * found.population.ci95 + 0.01 < 0.1
-    assert np.isfinite(ends).all() and set(found.terms) >= {"prior", "sampler"}
+    assert set(found.terms) >= {"prior", "sampler"}
     assert found.prior_error is None  # Both densities begin with the prior.
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 from scipy import stats
 
 from sbml.modes import compare
@@ -22,17 +23,9 @@ UNREAD = ("nfe", "failed", "sampler")  # what a comparison does not use
 HARDNESS = np.random.default_rng(0).normal(2, 0.5, 50)
 
 
-def result(bits: np.ndarray, draws: int = 1, estimator: str = "ode") -> dict:
-    """A result of ``evaluation.json``, with the fields that a comparison reads."""
-    interval = [float(bits.mean() - 0.1), float(bits.mean() + 0.1)]
-    unread = dict.fromkeys(("stderr", "this_set_stderr", "this_set_ci95", "min", "max"), 0.0)
-    return Result(
-        **{"estimator": estimator, "dequantizer": "uniform", "num_importance": draws, **unread},
-        **{"data": "digits", "split": "test", "n": len(bits), "split_size": 50, "ci95": 0.1},
-        **{"bits_per_dim": float(bits.mean()), "interval": interval, "this_set_interval": interval},
-        **{"nonfinite": 0, "outliers": [], "terms": {}, "smallest_time": 1e-5, "trace": None},
-        **{"dequantizer_step": None, "nfe_mean": 70.0, "nfe_max": 80, "converged": True},
-    ).plain()
+def result(bits: np.ndarray, **fields: object) -> dict:
+    """A result of 50 images that has converged."""
+    return runs.result(bits, split_size=50, **{"converged": True, **fields})
 
 
 def write(path, ids: np.ndarray, bits: np.ndarray, sha: str = "a", **extra) -> Workdir:
@@ -45,7 +38,7 @@ def write(path, ids: np.ndarray, bits: np.ndarray, sha: str = "a", **extra) -> W
     columns = {"id": ids, "ode_uniform_bits_per_dim": bits}
     if extra.get("few") is not None:  # K = 3 has fewer images, so it has its own table.
         few = extra["few"]
-        results.append(result(bits[few] - 0.1, draws=3))
+        results.append(result(bits[few] - 0.1, num_importance=3))
         column = {"ode_uniform_k3_bits_per_dim": bits[few] - 0.1}
         workdir.write("per_image_ode_uniform_k3.npz", {"id": ids[few], **column})
     workdir.write(PER_IMAGE, columns)

@@ -178,9 +178,7 @@ def test_the_report_shows_the_quality_of_its_own_samples(
     """New samples have no quality in the report until it is computed for them."""
     real = data.load("digits", "test")
     workdir = samples(tmp_path / "w", real.images[:20])
-    result = {"bits_per_dim": 2.0, "interval": [1.9, 2.1], "n": 2, "terms": {}, "split": "test"}
-    result |= {"nfe_mean": 1.0}
-    evaluation = {"title": "w", "results": [result], "checkpoint": {"step": 3}}
+    evaluation = {"title": "w", "results": [runs.result(np.ones(2))], "checkpoint": {"step": 3}}
     evaluation |= {"data": {"test": real.fingerprint}, "warnings": [], "config": {}}
     evaluation |= {"command": "eval"}
     write_json(workdir / EVALUATION, evaluation)
@@ -204,9 +202,8 @@ def test_a_report_is_never_shown_with_the_images_of_another_split(
 ) -> None:
     """The evaluation stores its split, so the config of a later mode cannot change it."""
     sets = {split: data.load("digits", split) for split in ("train", "test")}
-    result = {"bits_per_dim": 2.0, "interval": [1.9, 2.1], "n": 1, "terms": {}, "split": "train"}
-    result |= {"nfe_mean": 1.0}
-    evaluation = {"title": "w", "results": [result], "checkpoint": {"step": 3}}
+    results = [runs.result(np.ones(1), split="train")]
+    evaluation = {"title": "w", "results": results, "checkpoint": {"step": 3}}
     evaluation |= {"data": {"train": sets["train"].fingerprint}, "warnings": [], "config": {}}
     write_json(tmp_path / EVALUATION, evaluation)
     columns = {"id": np.array([1400]), "bits_per_dim": np.ones(1), "nfe": np.ones(1)}

@@ -19,7 +19,7 @@ from sbml import data
 from sbml.modes import report
 from sbml.report import summary
 from sbml.report.pictures import write_png
-from sbml.report.result import Result, strict
+from sbml.report.result import strict
 from sbml.runtime import history, lock, metrics
 from sbml.runtime.files import json_line
 from sbml.runtime.lock import BusyError
@@ -59,17 +59,9 @@ def evaluated(workdir: Path, checkpoint: dict[str, int]) -> float:
     """Write an evaluation of the digits, and return its bits/dim."""
     images = data.load("digits", "test", data.Options())
     bits = np.linspace(1, 3, len(images))
-    unread = dict.fromkeys(("stderr", "this_set_stderr", "this_set_ci95", "min", "max"), 0.0)
-    result = Result(
-        **{"estimator": "ode", "dequantizer": "uniform", "num_importance": 1, **unread},
-        **{"data": "digits", "split": "test", "n": len(bits), "split_size": len(bits)},
-        **{"bits_per_dim": bits.mean(), "interval": [1.9, 2.1], "this_set_interval": [1.9, 2.1]},
-        **{"nonfinite": 0, "outliers": [], "terms": {}, "smallest_time": 1e-5, "trace": None},
-        **{"dequantizer_step": None, "nfe_mean": 70.0, "nfe_max": 80, "ci95": 0.1},
-    )
     evaluation = {
         "title": workdir.name,
-        "results": [result.plain()],
+        "results": [runs.result(bits)],
         "warnings": [],
         "checkpoint": checkpoint,
         "config": {"training": {"batch_size": 16}},

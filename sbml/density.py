@@ -145,6 +145,8 @@ class Density:
     transform: Any = None
     classes: tuple[str, ...] = ()
 
+    without_effect: ClassVar = ("batch_size", "budget")  # on any number (``sbml.fingerprint``)
+
     def __post_init__(self) -> None:
         check_function(self.score, "score", "x", "t", "key", optional="condition")
         bits.dims(self.shape)

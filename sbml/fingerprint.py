@@ -1,7 +1,8 @@
 """Fingerprints: what stored rows depend on, as plain values of JSON that objects make themselves.
 
-A dataclass is its class and its fields, a Linen module its class and its settings, an array its
-type, shape and CRC32. Two objects with the same fingerprint compute the same rows.
+A dataclass is its class and its fields, without those in its attribute ``without_effect``; a Linen
+module its class and its settings; a set of examples its own ``fingerprint``; an array its type,
+shape and CRC32. Two objects with the same fingerprint compute the same rows.
 """
 
 import dataclasses
@@ -25,8 +26,11 @@ def of(value: Any) -> Any:
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(own := getattr(value, "fingerprint", None), Mapping):
+        return own
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        left_out = WITHOUT_EFFECT if isinstance(value, nn.Module) else ()
+        default = WITHOUT_EFFECT if isinstance(value, nn.Module) else ()
+        left_out = getattr(value, "without_effect", default)
         names = [f.name for f in dataclasses.fields(value) if f.name not in left_out]
         return {"class": _name(type(value))} | {name: of(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):

@@ -133,6 +133,12 @@ OF_SAMPLES = OF_BOTH | {
     ),
     *("sampling.seed", "sampling.smallest_time"),
 }
+# Those that change the classifier, which a density of the evaluation computes.
+OF_CLASSIFIER = OF_BOTH | {
+    *("eval.ode.atol", "eval.ode.fixed_steps", "eval.ode.max_steps", "eval.ode.method"),
+    *("eval.ode.probes", "eval.ode.rtol", "eval.ode.trace"),
+    *("eval.seed", "eval.smallest_time"),
+}
 # Values of fields whose next number would not be valid.
 OTHERS = {
     "data.crop": "random",
@@ -184,7 +190,7 @@ def test_the_fields_of_a_config_that_change_rows_and_samples(digits_model, tmp_p
                 CellRun(inputs, c, inputs.dequantization("uniform"), stored=False) for c in cells
             ]
             rows = [run.measurement.fingerprint() for run in runs]
-        return rows, samples.identity(Trained(*model))
+        return rows, samples.identity(Trained(*model)), fingerprint.of(inputs.density())
 
     found, base = {}, of(plain)
     for name, value in flatten_dict(plain.plain(), sep=".").items():
@@ -196,6 +202,6 @@ def test_the_fields_of_a_config_that_change_rows_and_samples(digits_model, tmp_p
         except (ValueError, FlaxError):
             continue  # This value needs another value of a further field.
         found[name] = [new != old for new, old in zip(now, base, strict=True)]
-    assert {name for name, (rows, _) in found.items() if rows} == OF_ROWS
-    assert {name for name, (_, drawn) in found.items() if drawn} == OF_SAMPLES
+    for kind, fields in enumerate((OF_ROWS, OF_SAMPLES, OF_CLASSIFIER)):
+        assert {name for name, changed in found.items() if changed[kind]} == fields
     assert len(found) > 100

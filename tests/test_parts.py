@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 
@@ -58,14 +59,27 @@ def test_several_processes_may_set_up_the_same_table_at_once(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_arrays_are_computed_once_and_then_read(tmp_path, caplog):
-    def once(name, identity, value):
-        return compute_once(tmp_path, name, identity, lambda: {"a": np.full(2, value)})["a"]
+CALLS = []
 
-    np.testing.assert_array_equal(once("x", {"n": 1}, 1.5), [1.5, 1.5])
-    np.testing.assert_array_equal(once("x", {"n": 1}, 2.5), [1.5, 1.5])
-    np.testing.assert_array_equal(once("x", {"n": 2}, 2.5), [2.5, 2.5])
+
+def scaled(values, scale):
+    CALLS.append(scale)
+    return {"a": scale * values}
+
+
+def test_arrays_are_computed_once_and_then_read(tmp_path, caplog):
+    def once(*arguments):
+        return compute_once(tmp_path, "x", scaled, *arguments)["a"]
+
+    ones = np.ones(2)
+    for _ in range(2):
+        np.testing.assert_array_equal(once(ones, 1.5), [1.5, 1.5])
+    np.testing.assert_array_equal(once(ones, 2.5), [2.5, 2.5])
+    np.testing.assert_array_equal(once(2 * ones, 2.5), [5, 5])
+    with jax.default_matmul_precision("high"):
+        once(ones, 1.5)
+    assert CALLS == [1.5, 2.5, 2.5, 1.5]
     for path in tmp_path.iterdir():
         path.write_bytes(b"not arrays")
-    np.testing.assert_array_equal(once("x", {"n": 1}, 3.5), [3.5, 3.5])
-    assert "is damaged" in caplog.text
+    np.testing.assert_array_equal(once(ones, 1.5), [1.5, 1.5])
+    assert len(CALLS) == 5 and "is damaged" in caplog.text

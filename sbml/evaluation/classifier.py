@@ -7,22 +7,17 @@ by the ODE with uniform dequantization. All classes have the same random draws.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import numpy as np
 from scipy import special
 
-from sbml import fingerprint
 from sbml.bits import LOG2
 from sbml.density import Density
 from sbml.evaluation.inputs import Inputs
 from sbml.intervals import mean_interval
 from sbml.report.result import HALF_WIDTH
 from sbml.runtime.parts import compute_once
-
-# The fields of the density on which the numbers depend, apart from its score.
-FIELDS = ("sde", "levels", "eps", "trace", "solver", "subset")
 
 
 def why_none(inputs: Inputs) -> str:
@@ -53,14 +48,8 @@ def classify(inputs: Inputs) -> dict[str, float]:
     ids = inputs.ids(config.classifier_images)
     subset = max(4, len(ids) // 8)
     density = dataclasses.replace(inputs.density(), batch_size=config.batch_size, subset=subset)
-    identity = {
-        **inputs.about,
-        "ids": ids.tolist(),
-        "labels": fingerprint.of((labels, seen)),
-        **{name: fingerprint.of(getattr(density, name)) for name in FIELDS},
-    }
-    compute = functools.partial(_numbers, density, inputs.images.images[ids], labels[ids], seen)
-    stored = compute_once(inputs.workdir / "eval", "classifier", identity, compute)
+    given = density, inputs.images.images[ids], labels[ids], seen
+    stored = compute_once(inputs.workdir / "eval", "classifier", _numbers, *given)
     return {name: float(value) for name, value in stored.items()}
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from sbml import bits, dequantizers, fingerprint
+from sbml import bits, dequantizers
 from sbml.bound import GaussianControl, Reduction
 from sbml.data import ImageSet, spread
-from sbml.density import PILOT
+from sbml.density import PILOT, Density
 from sbml.estimators.base import Estimator, Target
 from sbml.experiment.trained import Trained
 from sbml.measurement import Measurement
@@ -70,54 +70,25 @@ class Inputs(Trained):
         if not self.experiment.config.eval.bound.control:
             return None
 
-        images, levels = self.train.images, self.train.levels
-
-        def fit() -> dict[str, np.ndarray]:
-            # The fit is to the integers k; then k is mapped to the scale of the model, [-1, 1].
-            gaussian = GaussianControl.fit(images, noise_variance=1 / 12)
-            arrays = {
-                "mean": bits.to_model(gaussian.mean, 0.5, levels),
-                "variances": (2 / levels) ** 2 * gaussian.variances,
-                **({} if gaussian.basis is None else {"basis": gaussian.basis}),
-            }
-            return {name: np.asarray(value, np.float32) for name, value in arrays.items()}
-
-        arrays = compute_once(self.workdir / "eval", "control", self.train.fingerprint, fit)
+        arrays = compute_once(self.workdir / "eval", "control", _control, self.train)
         return GaussianControl(**{"basis": None, **arrays})
 
     def reduction(self, eps: Number) -> Reduction:
         """How the variance of the bound from ``eps`` on is reduced. With ``eval.bound.control`` or
         ``eval.bound.proposal_bins``, a pilot on at most 256 images of the split decides it."""
-        images, config = self.images, self.experiment.config.eval.bound
-        control = self.control
-        if not (control or config.proposal_bins):
-            return Reduction(proposal=config.proposal_name)
-        identity = {
-            **self.about,
-            "eps": eps,
-            "control": fingerprint.of(control),
-            "bins": config.proposal_bins,
-        }
-
-        def pilot() -> dict[str, Any]:
-            chosen, labels = spread(len(images), PILOT), self.labels(images)
-            pixels = jax.numpy.asarray(images.images[chosen])
-            x = np.asarray(bits.to_model(pixels, 0.5, images.levels))
-            condition = None if labels is None else labels[chosen]
-            bins = config.proposal_bins or 32
-            found = self.density(eps).reduction(x, condition, control, bins)
-            arrays = {"density": found.density}
-            if found.control is not None:
-                arrays["coefficients"] = found.control.coefficients
-                arrays["edges"] = found.control.edges
-            return arrays
-
-        stored = compute_once(self.workdir / "eval", "pilot", identity, pilot)
-        density = stored.pop("density")
+        experiment, config, control = self.experiment, self.experiment.config.eval, self.control
+        bins, name = config.bound.proposal_bins, config.bound.proposal_name
+        if not (control or bins):
+            return Reduction(proposal=name)
+        # Only what a bound depends on: the settings of the ODE do not change the pilot.
+        of_bound = Density(self.score, experiment.sde, experiment.shape, eps=eps, seed=config.seed)
+        given = of_bound, self.images, self.labels(self.images), control, bins or 32
+        stored = compute_once(self.workdir / "eval", "pilot", _pilot, *given)
+        times = stored.pop("density")
         return Reduction(
             control and dataclasses.replace(control, **stored),
-            density if config.proposal_bins else None,
-            config.proposal_name,
+            times if bins else None,
+            name,
         )
 
     def measurement(
@@ -161,6 +132,37 @@ class Inputs(Trained):
         number = min(config.max_images or size, count or size, size)
         order = np.arange(size) if config.in_order else np.random.RandomState(0).permutation(size)
         return np.sort(order[:number])
+
+
+def _control(train: ImageSet) -> dict[str, np.ndarray]:
+    """The fields of a Gaussian with the mean and the covariance of ``train``."""
+    # The fit is to the integers k; then k is mapped to the scale of the model, [-1, 1].
+    gaussian = GaussianControl.fit(train.images, noise_variance=1 / 12)
+    arrays = {
+        "mean": bits.to_model(gaussian.mean, 0.5, train.levels),
+        "variances": (2 / train.levels) ** 2 * gaussian.variances,
+        **({} if gaussian.basis is None else {"basis": gaussian.basis}),
+    }
+    return {name: np.asarray(value, np.float32) for name, value in arrays.items()}
+
+
+def _pilot(
+    density: Density,
+    images: ImageSet,
+    labels: np.ndarray | None,
+    control: GaussianControl | None,
+    bins: int,
+) -> dict[str, Any]:
+    """The density of a bound's times for ``images`` of the classes ``labels``, and the
+    coefficients of the ``control`` with their ``edges`` if there is one."""
+    chosen = spread(len(images), PILOT)
+    pixels = jax.numpy.asarray(images.images[chosen])
+    x = np.asarray(bits.to_model(pixels, 0.5, images.levels))
+    found = density.reduction(x, None if labels is None else labels[chosen], control, bins)
+    arrays = {"density": found.density}
+    if found.control is not None:
+        arrays |= {"coefficients": found.control.coefficients, "edges": found.control.edges}
+    return arrays
 
 
 def check_first_batch(inputs: Inputs, dequantization: Dequantization) -> None:

@@ -7,19 +7,19 @@ is estimated in equal bins of lambda. With a Gaussian control (``sbml.bound``) t
 differences from the error of the control, whose own mean in a bin has a closed form.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import bits, bound, dequantizers, fingerprint
+from sbml import bits, bound, dequantizers
 from sbml.data import ImageSet, spread
 from sbml.estimators.bound import Estimator
 from sbml.evaluation.cells import CellRun
 from sbml.evaluation.inputs import Inputs
 from sbml.runtime.parts import compute_once
-from sbml.runtime.trees import tree_crc32
 from sbml.streams import stream
 from sbml.times import Importance
 
@@ -35,65 +35,69 @@ def measure(inputs: Inputs, run: CellRun) -> dict[str, list[float]]:
       with a control also its error ``linear``, for the images of the split.
     """
     measured, config = run.measurement, inputs.experiment.config.eval
-    target, ids = measured.target, measured.ids
     assert isinstance(measured.estimator, Estimator)
-    control = measured.estimator.reduction.control
-    dims = int(np.prod(inputs.experiment.shape))
-    # Both kinds have the same number of images, so that one program is compiled. Each image has 8
-    # draws, and each bin at least 2.
-    count = min(config.bound.level_images, len(inputs.train), len(ids))
-    bins = min(BINS, 4 * count)
+    # Both kinds have the same number of images, so that one program is compiled.
+    count = min(config.bound.level_images, len(inputs.train), len(measured.ids))
 
-    def curves(score: Any, pixels: Any, condition: Any, key: Any) -> dict[str, Any]:
-        x = bits.to_model(pixels, 0.5, inputs.images.levels)
+    def chosen(images: ImageSet, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        ids, labels = ids[spread(len(ids), count)], inputs.labels(images)
+        return images.images[ids], None if labels is None else labels[ids]
+
+    given = {
+        "score": inputs.score,
+        "target": measured.target,
+        "params": run.dequantization.params,
+        "train": chosen(inputs.train, np.arange(len(inputs.train))),
+        "split": chosen(inputs.images, measured.ids),
+        "control": measured.estimator.reduction.control,
+        "linear": inputs.control,
+        "seed": config.seed,
+    }
+    stored = compute_once(inputs.workdir / "eval", "levels", _curves, given)
+    return {name: value.tolist() for name, value in stored.items()}
+
+
+def _curves(given: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The numbers of :func:`measure`.
+
+    ``given`` has the ``score``, the ``target`` with the ``params`` of its dequantizer, the images
+    and conditions of ``train`` and ``split``, the ``control`` with its coefficients (or None), the
+    ``linear`` Gaussian without them (or None), and the ``seed``.
+    """
+    target, control = given["target"], given["control"]
+    sde, count, shape = target.sde, len(given["train"][0]), given["train"][0].shape[1:]
+    unit = bits.nats_to_bits(1.0, (math.prod(shape),))
+    bins = min(BINS, 4 * count)  # Each image has 8 draws, and each bin at least 2.
+
+    def curve(score: Any, pixels: Any, condition: Any, key: Any) -> dict[str, Any]:
+        x = bits.to_model(pixels, 0.5, target.levels)
         if not dequantizers.has_bound(target.dequantizer):
-            keys = jax.random.split(stream(key, "dequantization"), len(pixels))
-            draw = jax.vmap(target.sample, (None, 0, 0))
-            x, _ = draw(run.dequantization.params, pixels, keys)
-        t, _ = Importance(target.sde, target.eps).at(jnp.arange(bins + 1) / bins)
-        edges = target.sde.log_snr(t)
+            keys = jax.random.split(stream(key, "dequantization"), count)
+            x, _ = jax.vmap(target.sample, (None, 0, 0))(given["params"], pixels, keys)
+        t, _ = Importance(sde, target.eps).at(jnp.arange(bins + 1) / bins)
+        edges = sde.log_snr(t)
         options: Any = {"eps": target.eps, "control": control, "bins": bins}
-        found = bound.profile(score, target.sde, x, key, condition=condition, **options)
+        found = bound.profile(score, sde, x, key, condition=condition, **options)
 
         def mean_error(control: Any) -> Any:
             """The mean of the control's error in each bin, in closed form."""
             if control is None:
                 return jnp.zeros(bins)
-            each = jax.vmap(lambda x: jax.vmap(lambda t: control.integral(target.sde, x, t))(t))(x)
+            each = jax.vmap(lambda x: jax.vmap(lambda t: control.integral(sde, x, t))(t))(x)
             return jnp.diff(each.mean(0)) / jnp.diff(edges)
 
-        unit = bits.nats_to_bits(1.0, (dims,))
         return {
             "edges": edges,
             "mean": unit * (found.mean + mean_error(control)),
             "stderr": unit * jnp.sqrt(found.variance / found.draws),
-            "linear": unit * mean_error(inputs.control),
+            "linear": unit * mean_error(given["linear"]),
         }
 
-    def compute() -> dict[str, np.ndarray]:
-        run_curves = jax.jit(curves)
-        keys = jax.random.split(stream(jax.random.key(config.seed), "noise levels"))
-
-        def of(images: ImageSet, ids: np.ndarray, key: Any) -> dict[str, Any]:
-            chosen, labels = ids[spread(len(ids), count)], inputs.labels(images)
-            condition = None if labels is None else labels[chosen]
-            return run_curves(inputs.score, jnp.asarray(images.images[chosen]), condition, key)
-
-        train = of(inputs.train, np.arange(len(inputs.train)), keys[0])
-        split = of(inputs.images, ids, keys[1])
-        found = {"edges": split["edges"], "train": train["mean"], "train_stderr": train["stderr"]}
-        found |= {"split": split["mean"], "split_stderr": split["stderr"]}
-        found |= {} if control is None else {"linear": split["linear"]}
-        return {name: np.asarray(value, np.float64) for name, value in found.items()}
-
-    identity = {
-        **inputs.about,
-        "target": fingerprint.of(target),
-        "dequantizer_crc32": tree_crc32(run.dequantization.params),
-        "train": inputs.train.fingerprint,
-        "ids": ids.tolist(),
-        "images": config.bound.level_images,
-        "control": fingerprint.of(control),
-    }
-    stored = compute_once(inputs.workdir / "eval", "levels", identity, compute)
-    return {name: value.tolist() for name, value in stored.items()}
+    run, key = jax.jit(curve), stream(jax.random.key(given["seed"]), "noise levels")
+    both = zip(("train", "split"), jax.random.split(key), strict=True)
+    of = {kind: run(given["score"], *given[kind], key) for kind, key in both}
+    found = {"edges": of["split"]["edges"]}
+    for kind, curves in of.items():
+        found |= {kind: curves["mean"], f"{kind}_stderr": curves["stderr"]}
+    found |= {} if control is None else {"linear": of["split"]["linear"]}
+    return {name: np.asarray(value, np.float64) for name, value in found.items()}

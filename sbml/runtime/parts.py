@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from absl import logging
 from etils import epath
 from jax.typing import ArrayLike
 
+from sbml import fingerprint, streams
 from sbml.runtime import sharding, versions
 from sbml.runtime.files import (
     DamagedFileError,
@@ -34,20 +36,27 @@ def _digest(identity: Mapping[str, object]) -> str:
 
 
 def compute_once(
-    root: epath.PathLike, name: str, identity: Json, make: Callable[[], Mapping[str, ArrayLike]]
+    root: epath.PathLike,
+    name: str,
+    compute: Callable[..., Mapping[str, ArrayLike]],
+    *arguments: Any,
 ) -> dict[str, np.ndarray]:
-    """The result of the first call of ``make`` for this ``identity`` and the present precision of
-    matrix products, stored in a file of ``root``.
+    """The result of the first call of ``compute(*arguments)``, stored in a file of ``root`` under
+    the fingerprint of the function, its arguments and the precision of matrix products.
 
     If the arrays were computed again on another machine, they could differ in their last digits,
     and a resumed run could not use the results that depend on the first arrays. All processes call
-    this function, and therefore ``make``, together.
+    this function, and therefore ``compute``, together.
     """
-    identity = {**identity, "precision": jax.config.jax_default_matmul_precision}
+    identity = {
+        "computed": fingerprint.of((compute, arguments)),
+        "streams": streams.VERSION,
+        "precision": jax.config.jax_default_matmul_precision,
+    }
     path = epath.Path(root) / f"{name}_{_digest(identity)}.npz"
     sharding.barrier(f"{name} sought")
     if intact_npz(path) is None:
-        arrays = make()
+        arrays = compute(*arguments)
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_npz(path, arrays)

@@ -73,7 +73,11 @@ def kernel(x: Features, y: Real[_Array, "m d"], chunk: Count = 1000) -> float:
 
 @typed
 def inception_score(probabilities: Real[_Array, "n classes"]) -> float:
-    """exp of the mean KL of the rows of ``(n, classes)`` from their mean; in [1, ``classes``]."""
+    """Inception score: exp(mean_i KL(p_i || p)), between 1 and the number of classes.
+
+    ``probabilities (n, classes)`` has the classifier's p_i(class) of image i in row i, and p is the
+    mean of the rows.
+    """
     p = np.asarray(probabilities, np.float64)
     if not len(p) or np.any(p < 0) or np.any(np.abs(p.sum(axis=1) - 1) > 1e-3):
         raise ValueError("probabilities must have rows, none negative, that each add up to 1")

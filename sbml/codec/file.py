@@ -166,7 +166,7 @@ def packed(
 
 
 def compress(codec: Codec, pixels: np.ndarray) -> bytes:
-    """The file of the images ``pixels (n, *shape)``, integers 0 .. levels - 1."""
+    """Compress integer images ``pixels (n, *shape)``, 0 .. levels - 1; returns the file's bytes."""
     state = bits_back.first_state(codec)
     for after in bits_back.encode(codec, pixels, state):
         state = after
@@ -174,7 +174,7 @@ def compress(codec: Codec, pixels: np.ndarray) -> bytes:
 
 
 def decompress(codec: Codec, content: bytes) -> np.ndarray:
-    """The images, uint8 ``(n, *shape)``, of a file of :func:`compress`.
+    """Restore the images, uint8 ``(n, *shape)``, from the bytes that :func:`compress` returned.
 
     Raises:
       CodedFileError: the file is damaged, or was made by another codec or machine.

@@ -40,7 +40,8 @@ class Optim(Section):
     eps: float = field(1e-8, "added to the root of the second moment", ge=1e-30, le=1)
     weight_decay: float = field(
         0.0,
-        "decoupled: each step subtracts rate * weight_decay * parameter; 0: off",
+        "decoupled weight decay (AdamW): each step also subtracts learning rate * weight_decay * "
+        "parameter from the parameter; 0: off",
         ge=0,
         le=10,
     )

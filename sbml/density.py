@@ -618,11 +618,13 @@ class Density:
             KL = E[log p_N(x) - log p(x)],      x from p_N
 
         The terms are the negative ones of :meth:`logp` of the ``n`` samples, and ``sampler``, which
-        is log p_N. Both densities begin with the prior, so its error is not in the difference. The
+        is log p_N. Both densities begin with the prior, so its error is not in the difference. Both
+        have the exact trace, because the noise of random probes would be larger than the gap. The
         arguments and errors are those of :meth:`sample_and_log_prob`.
         """
         x, logp = self.sample_and_log_prob(key, n, condition, sampler=sampler, max_dims=max_dims)
-        of_ode = dataclasses.replace(-self.logp(np.asarray(x), condition), prior_error=None)
+        exact = dataclasses.replace(self, trace=Trace("exact"))
+        of_ode = dataclasses.replace(-exact.logp(np.asarray(x), condition), prior_error=None)
         return of_ode.with_term("sampler", np.asarray(logp))
 
     def latent(self, x: Any, condition: Any = None) -> Examples:

@@ -1,5 +1,6 @@
 """The densities of samplers against closed forms, quadrature and NumPy."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from scipy import stats
 
 import sbml
+from sbml.divergence import Trace
 from sbml.ode import Solver
 from sbml.samplers import (
     DDIM,
@@ -231,6 +233,9 @@ def test_the_gap_is_the_kl_of_two_gaussians() -> None:
     assert abs(found.mean - kl) < 1.5 * found.population.ci95 + 0.01 < 0.1
     assert set(found.terms) >= {"prior", "sampler"}
     assert found.prior_error is None  # Both densities begin with the prior.
+    noisy = dataclasses.replace(d, trace=Trace("gaussian", 1))
+    both = [each.gap(jax.random.key(0), 4, sampler=sampler).values for each in (d, noisy)]
+    np.testing.assert_array_equal(*both)  # Both have the exact trace.
 
 
 def policy(theta: Array) -> sbml.Density:

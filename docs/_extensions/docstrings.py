@@ -251,7 +251,16 @@ def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
         lines.clear()
 
 
+def is_repetition(
+    app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any
+) -> bool | None:
+    """Whether the docstring of a member only points to another class: such a member is left out."""
+    text = inspect.getdoc(getattr(obj, "fget", obj)) or ""
+    return True if re.fullmatch(r"See ``\w+``\.", text) else None
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", process)
+    app.connect("autodoc-skip-member", is_repetition)
     app.connect("builder-inited", name_types)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

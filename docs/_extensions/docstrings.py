@@ -128,7 +128,7 @@ def table(paragraph: str) -> str:
     names = any(re.search(r"[_.(]", head) for head in heads)  # those of Python, or of a config
     lines = [
         ".. list-table::",
-        "   :align: left",
+        "   :class: docstring",
         *(["   :header-rows: 1"] if heads[0] == "kind" else []),
         "",
     ]

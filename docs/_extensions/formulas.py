@@ -180,9 +180,8 @@ class Parser:
             raise NoFormula("[ is closed by )")
         if not inside or inside.endswith(","):
             raise NoFormula("a shape")
-        tall = r"\left" if re.search(r"\\(frac|sum|int|sqrt|left)", inside) else ""
-        if left == "|" and not tall:
-            return rf"\lvert {inside} \rvert"
+        stretched = left == "|" or re.search(r"\\(frac|sum|int|sqrt|left)", inside)
+        tall = r"\left" if stretched else ""
         return f"{tall}{left} {inside} {tall.replace('left', 'right')}{right}"
 
     def marks(self, tex: str) -> str:
@@ -193,14 +192,14 @@ class Parser:
         while self.touches("_", "^", "'", "*"):
             mark, after = self.take().text, self.tokens[0]
             ends = after.gap or after.text in (",", ")", "]", "(", "|")
-            if mark == "'":
-                above.append(r"\prime")
+            if mark == "'" and not (below or above):
+                tex += mark
             elif mark == "*" and ends:
                 above.append("*")
             elif mark == "^" and (after.gap or after.text in (",", ")")):
                 tex = rf"\hat{{{tex}}}"
-            elif mark == "*":
-                raise NoFormula("*")
+            elif mark in "*'":
+                raise NoFormula(mark)
             else:
                 (below if mark == "_" else above).append(self.script(mark))
         tex += f"_{{{', '.join(below)}}}" if below else ""
@@ -222,7 +221,7 @@ class Parser:
         tex = LETTERS.get(text, tex)
         if mark == "_" and self.touches("'"):
             self.take()
-            tex += r"^{\prime}"
+            tex += "'"
         return minus + (self.marks(tex) if mark == "^" and self.touches("_") else tex)
 
 

@@ -259,8 +259,19 @@ def is_repetition(
     return True if re.fullmatch(r"See ``\w+``\.", text) else None
 
 
+def signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, arguments: str, result: str
+) -> tuple[str, str]:
+    """The signature without that of a protocol, and without defaults that are no Python, such as
+    ``<factory>``: Sphinx would not make links in it."""
+    if getattr(obj, "_is_protocol", False):
+        return "", result
+    return arguments and re.sub(r"<(?:[^<>]|<[^<>]*>)*>", "...", arguments), result
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", process)
     app.connect("autodoc-skip-member", is_repetition)
+    app.connect("autodoc-process-signature", signature)
     app.connect("builder-inited", name_types)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -43,6 +43,7 @@ extensions = [
     "docstrings",
     "mathml",
     "reference",
+    "settings",
 ]
 exclude_patterns = ["_build", "_extensions"]
 nitpicky = True
@@ -71,6 +72,7 @@ nb_execution_excludepatterns = ["tutorials/cifar10_tpu.ipynb"]  # needs an accel
 
 # The reference.
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # A method without its own docstring has that of the base class.
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 90

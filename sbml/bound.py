@@ -8,8 +8,8 @@ prior. Then, for x of d dimensions,
 
     prior           KL(p_T(.|x) || N(0, S^2 I)) = 1/2 [|alpha_T x|^2 / S^2 + d (r - 1 - log r)],
                     r = sigma_T^2 / S^2
-    diffusion       dsm:  Z / 2  E |z - e(x_t, t)|^2            lambda uniform, z ~ N(0, I)
-                    ssm:  Z d / 2 + Z E [1/2 sigma^2 (|s|^2 + 2 div s)]
+    diffusion, dsm  Z / 2 E |z - e(x_t, t)|^2 for lambda uniform and z ~ N(0, I)
+    diffusion, ssm  Z d / 2 + Z E [1/2 sigma^2 (|s|^2 + 2 div s)]
     reconstruction  1/2 E |z - e(x_eps, eps)|^2 + d / 2 log(2 pi rho_eps^2)
 
 T is the SDE's ``largest_time``. The bound holds for any end T, since the prior's KL is taken at T.
@@ -33,8 +33,8 @@ expectation.
 *Discrete time.* A chain of N steps over eps = t_0 < ... < t_N = T has the bound that DDPM calls
 L_vlb, where the times are evenly spaced. Only its diffusion term differs:
 
-    diffusion       sum_i [w_i / r_i E |z - e(x_{t_i}, t_i)|^2 + d / 2 (log r_i + 1 / r_i - 1)],
-                    w_i = 1/2 expm1(lambda_{i-1} - lambda_i)
+    diffusion = sum_i [w_i / r_i E |z - e(x_{t_i}, t_i)|^2 + d / 2 (log r_i + 1 / r_i - 1)],
+    w_i = 1/2 expm1(lambda_{i-1} - lambda_i)
 
 where r_i is the variance of the reverse step in units of that of the true one given x. DDPM has r_i
 = 1. The bound is least for r_i = 1 + 2 w_i m_i, where m_i is the mean of |z - e|^2 / d at t_i. This

@@ -14,14 +14,14 @@
 *Measurements.* These take and return NumPy arrays, and work in batches. The first four return a
 number for each example and its mean with error bars (:class:`~sbml.estimate.Estimate`):
 
-    density.logp(x)                log p_eps(x) of continuous data in nats, by the ODE
-    density.bits_per_dim(pixels)   of integers, by the ODE with uniform dequantization
-    density.evaluate(data)         the one of these two that fits the type of the data
-    density.bound(x)               the evidence bound on -log p(x) in nats
-    density.classify(x, c)         log p(x | c) for several conditions c, and their posterior
-    density.importance(key, n, u)  weights of samples for a density exp(u), and its normaliser
-    density.gap(key, n, sampler=s) KL of a sampler's density from that of the ODE
-    density.latent(x)              the ODE's solution at T from x;  density.decode(z): the inverse
+    density.logp(x)                 log p_eps(x) of continuous data in nats, by the ODE
+    density.bits_per_dim(pixels)    of integers, by the ODE with uniform dequantization
+    density.evaluate(data)          the one of these two that fits the type of the data
+    density.bound(x)                the evidence bound on -log p(x) in nats
+    density.classify(x, c)          log p(x | c) for several conditions c, and their posterior
+    density.importance(key, n, u)   weights of samples for a density exp(u), and its normaliser
+    density.gap(key, n, sampler=s)  KL of a sampler's density from that of the ODE
+    density.latent(x)               the ODE's solution at T from x; ``decode`` is the inverse
 
 The random draws of a measurement for an example depend only on ``seed``, on the example's place in
 the data and, for ``bound``, on the data as a whole. So a result depends neither on the batch size

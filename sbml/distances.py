@@ -2,9 +2,9 @@
 
 With means m, covariances C of features, and the kernel k(x, y) = (x.y / d + 1)^3,
 
-    Frechet     |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1^1/2 C_2 C_1^1/2)^1/2)    (Heusel 2017)
-    kernel      mean k(x, x') + mean k(y, y') - 2 mean k(x, y), x != x', y != y'  (Binkowski 2018)
-    inception   exp mean KL(p(c|x) || mean p(c|x))                             (Salimans 2016)
+    Frechet    |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1^(1/2) C_2 C_1^(1/2))^(1/2))  (Heusel 2017)
+    kernel     mean k(x, x') + mean k(y, y') - 2 mean k(x, y), x != x', y != y'   (Binkowski 2018)
+    inception  exp mean KL(p(c|x) || mean p(c|x))                                 (Salimans 2016)
 
 The Frechet distance has an upward bias that decreases as 1 / n, so it can only be compared at the
 same n; the kernel distance is unbiased. With the features of Inception-v3 the three are FID, KID

@@ -2,7 +2,7 @@
 
 With x_t = alpha x + sigma z, z ~ N(0, I), a score s defines a noise prediction -sigma s, and
 
-    loss(x, t, z) = 1/2 w(t) || sigma(t) s(x_t, t) + z ||^2
+    loss(x, t, z) = 1/2 w(t) |sigma(t) s(x_t, t) + z|^2
 
 which is summed over dimensions, in nats. There are two weightings; the paper writes sigma^2 w as
 lambda(t):

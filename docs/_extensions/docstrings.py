@@ -1,12 +1,14 @@
 """A Sphinx extension that converts docstrings, plain text with formulas, to reStructuredText.
 
-Indented paragraphs become literal blocks, so that formulas and aligned tables keep their columns.
+Indented paragraphs become equations (``formulas``) or tables if all of their lines are formulas or
+have columns. The others become literal blocks, which keep every space.
 Sections such as ``Args:`` become lists. Characters that reStructuredText would read as markup, such
 as the bars of |x|, are escaped outside of ``literals`` and :roles:`...`. Types have the names that
 they have in the source: ``Example`` and not ``Float[Array, '*s']``. Types with conditions are shown
 without the conditions.
 """
 
+import contextlib
 import inspect
 import re
 import sys
@@ -16,6 +18,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from formulas import NoFormula, latex
 from reference import MODULES, TYPES
 from sphinx.application import Sphinx
 
@@ -26,9 +29,11 @@ ITEM = re.compile(r"  ([\w, ]+): (.*)", re.S)
 # Markup that is kept: literals, roles, **strong** and *emphasis* that begins and ends at a word.
 MARKUP = re.compile(
     r"``.+?``|\*\*[A-Za-z][^*]*\*\*|:[\w:]+:`[^`]+`"
-    r"|(?<![\w*(^])\*[A-Za-z][^*`]{0,60}[\w.]\*(?![\w*])",
+    r"|(?<![\w*(^])\*[A-Za-z][^*`]{0,60}[\w.,]\*(?![\w*])",
     re.S,
 )
+# The first cell of a row: at most three words, or a call.
+HEAD = re.compile(r"[\w.]+\(.*\)|[\w.-]+,?(?: [\w.-]+,?){0,2}")
 MODULE = re.compile(r"``(sbml(?:\.\w+)+)``")
 
 
@@ -70,6 +75,81 @@ def section(name: str, text: str) -> str:
     return "\n".join([f":{name}:", *items])
 
 
+def block(paragraph: str) -> str:
+    """An indented paragraph as reStructuredText."""
+    for convert in (equations, table):
+        with contextlib.suppress(NoFormula):
+            return convert(textwrap.dedent(paragraph))
+    return ".. code-block:: text\n\n" + paragraph
+
+
+def equations(paragraph: str) -> str:
+    """A paragraph of formulas, one on a line, as reStructuredText.
+
+    Raises:
+      NoFormula: if a line of it is none.
+    """
+    lines: list[str] = []
+    for line in paragraph.split("\n"):
+        if lines and len(re.findall(r"[(\[]", lines[-1])) > len(re.findall(r"[)\]]", lines[-1])):
+            lines[-1] += f" {line.strip()}"
+        else:
+            lines.append(line)
+    rows = [latex(line) for line in lines]
+    if len(rows) > 1:
+        rows = [r"\begin{aligned}", " \\\\ ".join(rows), r"\end{aligned}"]
+    return f".. math::\n\n   {' '.join(rows)}"
+
+
+def table(paragraph: str) -> str:
+    """A paragraph with columns, between which there are two spaces, as reStructuredText.
+
+    The first cell of a row is a name. A line without one goes on with the cells above it.
+
+    Raises:
+      NoFormula: if the lines do not have the same columns.
+    """
+    rows: list[dict[int, list[str]]] = []
+    for line in paragraph.split("\n"):
+        cells = {m.start(): m[0] for m in re.finditer(r"\S+(?: \S+)*", line)}
+        rows += [{}] if 0 in cells else []
+        for column, text in cells.items():
+            rows[-1].setdefault(column, []).append(text)
+    columns = sorted(set().union(*rows))
+    heads = [row[0][0] for row in rows]
+    if (
+        len(rows) < 2
+        or min(map(len, rows)) < 2
+        or any(sum(column in row for row in rows) < 2 for column in columns)
+        or not all(map(HEAD.fullmatch, heads))
+        or re.search(r"[^\x00-\x7f]|  #", paragraph)
+    ):
+        raise NoFormula(paragraph)
+    names = any(re.search(r"[_.(]", head) for head in heads)  # those of Python, or of a config
+    lines = [
+        ".. list-table::",
+        "   :class: docstring",
+        *(["   :header-rows: 1"] if heads[0] == "kind" else []),
+        "",
+    ]
+    for head, row in zip(heads, rows, strict=True):
+        lines.append(f"   * - {f'``{head}``' if names else prose(head)}")
+        lines += [f"     - {cell(row.get(column, ['']))}" for column in columns[1:]]
+    return "\n".join(lines)
+
+
+def cell(lines: list[str]) -> str:
+    """A cell of a table: formulas, one on a line; prose, which may begin with a formula; or ""."""
+    with contextlib.suppress(NoFormula):
+        rows = [f":math:`{latex(line)}`" for line in lines]
+        return rows[0] if len(rows) == 1 else "\n       ".join(f"| {row}" for row in rows)
+    text = " ".join(lines)
+    for match in re.finditer(r": |\. | \((?=[A-Za-z]{3,}[ ,)])|, (?=where|for)", text):
+        with contextlib.suppress(NoFormula):
+            return f":math:`{latex(text[: match.start()])}`\\ {prose(text[match.start() :])}"
+    return prose(text)
+
+
 def to_restructuredtext(lines: list[str]) -> list[str]:
     """A docstring as reStructuredText."""
     result: list[str] = []
@@ -82,7 +162,7 @@ def to_restructuredtext(lines: list[str]) -> list[str]:
             item = item or first.startswith("- ")
             result += [prose(paragraph)]
         else:
-            result += [".. code-block:: text\n\n" + paragraph]
+            result += [block(paragraph)]
     return "\n\n".join(result).split("\n") + [""]
 
 
@@ -171,7 +251,27 @@ def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
         lines.clear()
 
 
+def is_repetition(
+    app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any
+) -> bool | None:
+    """Whether the docstring of a member only points to another class: such a member is left out."""
+    text = inspect.getdoc(getattr(obj, "fget", obj)) or ""
+    return True if re.fullmatch(r"See ``\w+``\.", text) else None
+
+
+def signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, arguments: str, result: str
+) -> tuple[str, str]:
+    """The signature without that of a protocol, and without defaults that are no Python, such as
+    ``<factory>``: Sphinx would not make links in it."""
+    if getattr(obj, "_is_protocol", False):
+        return "", result
+    return arguments and re.sub(r"<(?:[^<>]|<[^<>]*>)*>", "...", arguments), result
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", process)
+    app.connect("autodoc-skip-member", is_repetition)
+    app.connect("autodoc-process-signature", signature)
     app.connect("builder-inited", name_types)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,9 +1,10 @@
 """The pages of the reference, one for each public module, written when the documentation is built.
 
 A module that joins ``sbml.LIBRARY`` thereby joins the reference. Its page has the module's
-docstring, its functions and classes, the types that it gives names to, the dictionaries of its
-kinds (such as ``SDES``) and, of a package, the public modules in it. Pages written by hand, in the
-folder ``api``, group them by task.
+docstring, its base classes, functions and other classes, the types that it gives names to and the
+dictionaries of its kinds (such as ``SDES``). After those of a package come its public modules, with
+the kinds that are defined there, under the names that the package gives them. Pages written by
+hand, in the folder ``api``, group the pages by task.
 """
 
 import ast
@@ -101,17 +102,76 @@ def constant(name: str, value: str, comment: str) -> str:
 TYPES = {(module, name) for module in MODULES for name, *_ in constants(module) if is_type(name)}
 
 
-def section(name: str, underline: str) -> str:
-    """The part of a page that is about module ``name``."""
-    text = f"{name}\n{underline * len(name)}\n\n.. automodule:: {name}\n   :members:\n"
-    if name in INTERNAL:
-        text += f"   :exclude-members: {INTERNAL[name]}\n"
-    return f"{text}\n" + "".join(constant(*each) for each in constants(name))
+def own(name: str) -> dict[str, Any]:
+    """The functions and classes that module ``name`` defines, with a docstring, in their order."""
+    hidden = INTERNAL.get(name, "").split(", ")
+    return {
+        member: value
+        for member, value in vars(importlib.import_module(name)).items()
+        if (inspect.isclass(value) or inspect.isroutine(value))
+        and value.__module__ == name
+        and value.__doc__
+        and not (member.startswith("_") or member in hidden)
+    }
+
+
+def exported(name: str) -> dict[str, Any]:
+    """The functions and classes of other modules that the package ``name`` names as its own."""
+    module = importlib.import_module(name)
+    values = {member: getattr(module, member) for member in getattr(module, "__all__", ())}
+    return {
+        member: value
+        for member, value in values.items()
+        if (inspect.isclass(value) or inspect.isroutine(value)) and value.__module__ != name
+    }
+
+
+def is_base(value: Any) -> bool:
+    """Whether ``value`` is a protocol or an abstract class."""
+    return inspect.isabstract(value) or bool(getattr(value, "_is_protocol", False))
+
+
+def entries(module: str, members: dict[str, Any]) -> str:
+    """The entries of ``members``: the class that the module is named after, base classes,
+    functions, other classes."""
+
+    def rank(member: str) -> int:
+        if member.lower() == module.rpartition(".")[2].removesuffix("s"):
+            return 0
+        kinds = (is_base, inspect.isroutine, inspect.isclass)
+        return 1 + [kind(members[member]) for kind in kinds].index(True)
+
+    found = []
+    for member in sorted(members, key=rank):
+        value = members[member]
+        kind = "class" if inspect.isclass(value) else "function"
+        if kind == "class" and issubclass(value, BaseException):
+            kind = "exception"
+        options = "" if kind == "function" else "\n   :members:"
+        found.append(f".. auto{kind}:: {module}.{member}{options}\n\n")
+    return "".join(found)
+
+
+def section(name: str, underline: str, text: str) -> str:
+    """The part of a page that is about module ``name``; ``text`` has the entries."""
+    text = f"{name}\n{underline * len(name)}\n\n.. automodule:: {name}\n\n{text}"
+    return text + "".join(constant(*each) for each in constants(name))
 
 
 def page(name: str) -> str:
     """The page of module ``name`` in reStructuredText."""
-    return "\n\n".join([section(name, "="), *(section(part, "-") for part in PAGES[name])])
+    public = exported(name)
+    first = {
+        member: value
+        for member, value in public.items()
+        if inspect.isroutine(value) or is_base(value) or value.__module__ not in PAGES[name]
+    }
+    sections = [section(name, "=", entries(name, own(name) | first))]
+    for part in PAGES[name]:
+        here = {m: v for m, v in own(part).items() if v is public.get(m) and m not in first}
+        rest = {m: v for m, v in own(part).items() if v is not public.get(m)}
+        sections.append(section(part, "-", entries(name, here) + entries(part, rest)))
+    return "\n\n".join(sections)
 
 
 def write(app: Sphinx) -> None:

@@ -5,7 +5,7 @@ image x with the noise of t_i, e(z, t) the noise prediction, S the standard devi
 and b_i = 1 - exp(lambda_i - lambda_{i-1}). Then
 
     q(z_0 | x)       = N(alpha_0 x, sigma_0^2)
-    q(z_i | z_{i-1}) = N(alpha_i / alpha_{i-1} z_{i-1},  sigma_i^2 b_i)
+    q(z_i | z_{i-1}) = N(alpha_i / alpha_{i-1} z_{i-1}, sigma_i^2 b_i)
     p(z_{i-1} | z_i) = N(alpha_{i-1} / alpha_i (z_i - sigma_i b_i e(z_i, t_i)),
                          sigma_{i-1}^2 b_i r_i)
     p(z_N)           = N(0, S^2)

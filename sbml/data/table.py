@@ -1,6 +1,6 @@
 """Rows of numbers from a CSV, Parquet or NumPy file, in whitened coordinates.
 
-    z = L^-1 (g(y) - m),      log p(y) = log p(z) + sum_j log |g_j'(y_j)| - log det L
+    z = L^-1 (g(y) - m),      log p(y) = log p(z) + sum_j log |g'_j(y_j)| - log det L
 
 y is a row in the units of the file. g_j is the identity, log or logit, for each column. m is the
 mean of g(y) over the training rows, and L L^T their covariance D ((1 - a) R + a I) D, where D has

@@ -5,15 +5,15 @@ With the forward kernel p(x_s | x_t) = N(a x_t, b^2 I),
     a = alpha_s / alpha_t,   b^2 = sigma_s^2 - a^2 sigma_t^2,
     x_0 ~ (x + sigma_s^2 score) / alpha_s,   noise ~ -sigma_s score,   h = s - t
 
-    Euler-Maruyama      x - h (f x - g^2 score) + g sqrt(h) z         of the reverse SDE, at s
-    reverse diffusion   (2 - a) x + b^2 score + b z                   (Song et al., eq. 46)
-    ancestral           the mean of p(x_t | x, x_0) + (b sigma_t / sigma_s) z     (Ho et al. 2020)
-    DDIM                alpha_t x_0 + sqrt(sigma_t^2 - c^2) noise + c z,
-                        c = eta b sigma_t / sigma_s                   (Song, Meng & Ermon)
-    midpoint            alpha_t x_0 + (sigma_t / sigma_s) (x - alpha_s x_0), with x_0 predicted from
-                        DDIM's step to the middle in log-SNR          (Lu et al. 2022)
+    Euler-Maruyama     x - h (f x - g^2 score) + g sqrt(h) z                of the reverse SDE, at s
+    reverse diffusion  (2 - a) x + b^2 score + b z                          (Song et al., eq. 46)
+    ancestral          E[x_t | x, x_0] + (b sigma_t / sigma_s) z            (Ho et al. 2020)
+    DDIM               alpha_t x_0 + sqrt(sigma_t^2 - c^2) noise + c z,
+                       c = eta b sigma_t / sigma_s                          (Song, Meng & Ermon)
+    midpoint           alpha_t x_0 + (sigma_t / sigma_s) (x - alpha_s x_0)  (Lu et al. 2022)
 
-where b sigma_t / sigma_s = sigma_t sqrt(1 - r), r = exp(lambda_s - lambda_t). With eta = 1, DDIM is
+where the midpoint's x_0 is predicted from DDIM's step to the middle in log-SNR,
+b sigma_t / sigma_s = sigma_t sqrt(1 - r) and r = exp(lambda_s - lambda_t). With eta = 1, DDIM is
 ancestral sampling; with eta = 0 it is deterministic and of first order in log-SNR. The midpoint is
 deterministic and of second order.
 

@@ -10,7 +10,7 @@ whatever needs them, such as an integral over log-SNR, ends at ``largest_time`` 
 still a thousandth of sigma. The bound remains valid if its prior term is taken there instead of at
 T. From there to T the signal is neglected, so that only the scale of the noise changes:
 
-    x_T = sigma(T) / sigma(t) x_t,      t = largest_time.
+    x_T = sigma(T) / sigma(t) x_t,      t = ``largest_time``.
 
 The neglected signal changes the KL divergence to the prior in second order of alpha only, by
 d (1e-3)^2 / 2 nats or less for data of unit mean square.

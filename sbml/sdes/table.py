@@ -3,9 +3,10 @@
 DDPM and its descendants have n noise levels, x_i = sqrt(a_i) x_0 + sqrt(1 - a_i) z with decreasing
 a_i ("alpha bar"). Level i has the time t = i / (n - 1), and between the levels
 
-    lambda(t) = logit a_i, interpolated by a monotone cubic,      alpha^2 = a, sigma^2 = 1 - a.
+    alpha^2 = sigmoid(lambda(t)),      sigma^2 = sigmoid(-lambda(t)),
 
-An ODE solver evaluates the network between the levels that it was trained at.
+where lambda is the monotone cubic that interpolates logit a_i. An ODE solver evaluates the network
+between the levels that it was trained at.
 
 Reference: Fritsch & Butland 1984 (for the slopes, which are those of scipy's
 ``PchipInterpolator``, except at a flat end).

@@ -6,7 +6,7 @@ So alpha^2 + sigma^2 = 1, and every increasing gamma makes a variance-preserving
 
     f = -1/2 sigma^2 gamma',      g^2 = sigma^2 gamma',      g^2 / sigma^2 = gamma'.
 
-    linear     gamma = gamma_0 + (gamma_1 - gamma_0) t        fixed, or with learned ends
+    linear     gamma = gamma_0 + (gamma_1 - gamma_0) t (fixed, or with learned ends)
     monotone   gamma = |k1| t + b1 + mean_j |k3_j| (2 sigmoid(|k2_j| (2 t - 1) + b2_j) - 1)
 
 gamma(0) is finite: there is some noise at t = 0 already, and nothing diverges there. So the times

@@ -1,6 +1,7 @@
 """Every Python block of the documentation runs by itself, and every link leads somewhere."""
 
 import dataclasses
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,3 +157,34 @@ def test_an_error_names_its_line() -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         execute("README.md", line, code)
     assert caught.traceback[-1].lineno + 1 == 5
+
+
+@pytest.fixture
+def formulas(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The rules by which formulas of docstrings are typeset."""
+    monkeypatch.syspath_prepend(ROOT / "docs" / "_extensions")
+    return importlib.import_module("formulas")
+
+
+@pytest.mark.parametrize(
+    ("text", "latex"),
+    [
+        ("alpha' = f alpha", r"\alpha' = f \alpha"),
+        ("|sigma(t) s(x_t, t) + z|^2", r"\left| \sigma( t ) s( x_{t} , t ) + z \right|^{2}"),
+        ("log p(x | y)", r"\log p( x \mid y )"),
+        ("grad_x log p_t(x)", r"\nabla_{x} \log p_{t}( x )"),
+        ("sum_i w_{i-1} / 2", r"\sum_{i} \frac{w_{i - 1}}{2}"),
+        ("a b / c d", r"\frac{a b}{c} d"),
+        ("1/2 sqrt(1 - alpha^2)", r"\tfrac{1}{2} \sqrt{1 - \alpha^{2}}"),
+    ],
+)
+def test_a_formula_is_typeset_by_rule(text: str, latex: str, formulas: Any) -> None:
+    assert formulas.latex(text) == latex
+
+
+@pytest.mark.parametrize(
+    "text", ["log x / y", "density = Density(score)", "x = [1, 2", "two words"]
+)
+def test_what_the_rules_do_not_cover_stays_as_it_is(text: str, formulas: Any) -> None:
+    with pytest.raises(formulas.NoFormula):
+        formulas.latex(text)

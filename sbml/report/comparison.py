@@ -179,7 +179,7 @@ def compare(runs: Sequence[Run]) -> Json:
 def difference_row(row: Json) -> plots.Row:
     """The difference of a run. The verdict is shown by the colour and also as a word."""
     (low, high), colours = row["difference_interval"], {"better": plots.ACCENT, "worse": plots.WARN}
-    value = f"{row['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    value = f"{row['difference']:+z.4f}"  # The interval is the bar.
     colour = colours.get(row["verdict"], plots.MUTED)
     return plots.Row(f"{row['run']}: {row['verdict']}", row["difference"], low, high, value, colour)
 
@@ -214,7 +214,8 @@ def render(runs: Sequence[Run], numbers: Json) -> str:
             "contains 0, it is unclear which run is better."
         )
         figure = page.rows_figure(cell["name"], rows, unit, caption, origin=0.0) if rows else None
-        cells.append({**cell, "figure": figure})
+        title = page.label(vars(runs[0].results[cell["name"]]))
+        cells.append({**cell, "title": title, "figure": figure})
     samples = []
     for run in runs:
         if run.samples is not None:

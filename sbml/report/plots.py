@@ -90,14 +90,14 @@ def rows(axes: Axes, rows: Sequence[Row], unit: str, origin: float | None = None
         bold = "normal" if row.colour == MUTED else "bold"
         place = partial(
             axes.annotate,
-            xytext=(0, 5),
+            xytext=(0, 8),  # above the dot and the bar of its own row
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
         )
         axes.axhline(y, color=RULE, linewidth=0.6)
         axes.plot([row.low, row.high], [y, y], color=row.colour, linewidth=2)
         axes.plot(row.mean, y, "o", color=row.colour, markersize=5)
-        label = row.label if len(row.label) < 32 else f"…{row.label[-30:]}"
+        label = row.label if len(row.label) < 36 else f"…{row.label[-34:]}"
         place(label, (0, y), parse_math=False)
         place(row.text, (1, y), ha="right", color=row.colour, weight=bold)
     if origin is not None:

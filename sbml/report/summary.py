@@ -31,7 +31,6 @@ from sbml.runtime.files import read_png
 from sbml.runtime.trees import table_crc32, tree_crc32
 from sbml.runtime.workdir import CODEC, EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES, Workdir
 
-KIND = ("estimator", "dequantizer", "num_importance")  # what ``page.label`` names
 NEIGHBOURS_CAPTION = "The first samples, and below each the training image nearest to it."
 
 
@@ -204,7 +203,7 @@ def gap_of(workdir: Workdir, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     for result in map(Result.read, evaluation["results"]):
         if (same := trained.get((result.name, result.smallest_time))) is not None:
             gap = difference(result.population, same.population)
-            row = {name: getattr(result, name) for name in KIND}
+            row = {name: getattr(result, name) for name in page.KIND}
             row |= {"held_out": result.bits_per_dim, "held_out_images": result.n}
             row |= {"train": same.bits_per_dim, "train_images": same.n}
             found["rows"].append({**row, "gap": gap.mean, "interval": list(gap.bounds)})

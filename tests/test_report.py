@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from sbml.report import comparison, pictures, plots, table
 from sbml.report import page as report_page
-from sbml.report import pictures, plots
-from sbml.report.result import HALF_WIDTH, ROWS
+from sbml.report.result import HALF_WIDTH, ROWS, Result
 
 N, LEVELS = 40, 17
 ATTACK = '<script>alert("x")</script> $\\frac{'
@@ -418,6 +419,42 @@ def test_images_are_called_by_their_files(tmp_path: Path) -> None:
     page = write(tmp_path, numbers(), table={**columns(), "name": names})
     shown = [alt for alt in page.images if alt.startswith("Image ")]
     assert len(shown) == 20 and all(alt.startswith("Image train/") for alt in shown)
+
+
+def test_a_number_that_rounds_to_0_has_no_minus_sign(tmp_path: Path) -> None:
+    """Neither on the page nor in a terminal."""
+    tiny = RESULT | {"bits_per_dim": -1e-9, "interval": [-2e-9, 0.0], "terms": {"prior": -1e-9}}
+    page = write(tmp_path, numbers(results=[tiny], baselines=[{"name": "b", "bits_per_dim": -0.0}]))
+    row = {"name": "b", "log_p": -1e-9, "interval": [-1e-9, 0.0], "chosen": ""}
+    gap = {"difference": -1e-9, "difference_interval": [-1e-9, -0.0]}
+    shown = page.text.partition("Every number of the results")[0]
+    shown += comparison.difference_row({"run": "b", "verdict": "unclear", **gap}).text
+    shown += Result.read(tiny).line + table.line(row | gap) + table.verdict(row | gap)
+    assert "-" in shown and not re.search(r"(?<![+e])-0\.0+(?![0-9])", shown)
+
+
+def test_every_axis_has_a_name(tmp_path: Path) -> None:
+    values = np.linspace(0, 1, 9)
+    draws = {
+        "rows": partial(plots.rows, rows=[plots.Row("a", 1, 0, 2, "1")], unit="bits/dim"),
+        "histogram": partial(plots.histogram, values=values, label="bits/dim"),
+        "marginal": partial(plots.marginal, data=values, samples=values, label="x"),
+        "training": partial(plots.training, step=values, loss=values, window=1),
+        "validation": partial(plots.validation, step=values, bound=values, half_width=values),
+        "levels": partial(plots.levels, edges=values, curves={"a": values[1:]}, bars={}),
+    }
+    for name, draw in draws.items():
+        axes = Figure().add_subplot()
+        draw(axes)
+        assert axes.get_xlabel() and (axes.get_ylabel() or name == "rows"), name
+
+
+def test_losses_of_training_and_of_other_images_differ_in_colour() -> None:
+    values = np.linspace(0, 1, 9)
+    axes, curves = Figure().add_subplot(), {"test": values[1:], "training": values[1:]}
+    plots.levels(axes, values, curves, bars=curves)
+    drawn = {patch.get_label(): patch.get_edgecolor() for patch in axes.patches}
+    assert drawn["test"] != drawn["training"]
 
 
 def test_a_chart_of_one_point_is_not_drawn(tmp_path: Path) -> None:

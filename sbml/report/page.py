@@ -277,7 +277,9 @@ def row(label: str, number: Json, *, ours: bool, key: str = "bits_per_dim") -> p
     low, high = map(float, number.get("interval") or (value - half, value + half))
     if not math.isfinite(value):
         return plots.Row(label, value, low, high, "not finite", plots.WARN)
-    return plots.Row(label, value, low, high, f"{value:.3f}", plots.ACCENT if ours else plots.MUTED)
+    return plots.Row(
+        label, value, low, high, f"{value:z.3f}", plots.ACCENT if ours else plots.MUTED
+    )
 
 
 def label(result: Json, whole: bool = False) -> str:
@@ -351,7 +353,7 @@ def levels_figure(report: Json) -> Figure | None:
     areas = [f"{name} {-np.diff(edges) @ curve:.2f}" for name, curve in curves.items()]
     caption = (
         "Where the bits of the bound come from: the squared error of the noise prediction at each "
-        "ratio of signal to noise; data are at the right, noise is at the left. The area below a "
+        "ratio of signal to noise, SNR, whose logarithm is natural. The area below a "
         f"curve is the term diffusion, in bits/dim: {', '.join(areas)}. The best linear prediction "
         "is that of a Gaussian with the moments of the training images. Bands are 1.96 standard "
         "errors wide on each side."
@@ -424,7 +426,7 @@ def validation(curves: Sequence[Mapping[str, Any]]) -> Figure | None:
     least = ""
     if finite.size:
         best = finite[bound[finite].argmin()]
-        least = f" The least is {bound[best]:.4f} bits/dim, at step {step[best]:,}."
+        least = f" The least is {bound[best]:z.4f} bits/dim, at step {step[best]:,}."
     caption = (
         f"Bound on the validation images.{least} The band is 1.96 standard errors of a mean over "
         "images. All points have the same images and draws, so differences between steps are more "

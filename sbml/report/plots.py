@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 INK, MUTED, RULE = "#1b2026", "#59616c", "#d9dde3"
-ACCENT, WARN = "#1d5fa6", "#a63a0a"
+ACCENT, SECOND, WARN = "#1d5fa6", "#b06f00", "#a63a0a"
 PALETTE = {"ink": INK, "muted": MUTED, "rule": RULE, "accent": ACCENT, "warn": WARN}
+PALETTE["second"] = SECOND  # Blue and amber differ for all kinds of colour blindness.
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 8.5,
@@ -144,7 +145,7 @@ def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
     for line, note in enumerate(notes):
         _warn(axes, 0.98 - ANNOTATION_HEIGHT * line, note)
     axes.set_xlabel(label, parse_math=False)
-    axes.set_ylabel("images")
+    axes.set_ylabel("number of images")
     axes.locator_params(axis="y", integer=True)
 
 
@@ -158,7 +159,8 @@ def marginal(axes: Axes, data: np.ndarray, samples: np.ndarray, label: str) -> N
     edges = np.histogram_bin_edges(np.concatenate([data, shown]), _bins(data).size - 1).tolist()
     axes.hist(data, edges, density=True, color=MUTED, alpha=0.35, label="held-out rows")
     axes.hist(shown, edges, density=True, histtype="step", color=ACCENT, label="samples")
-    axes.set_yticks([])
+    axes.set(yticks=[], ylabel="density per unit")
+    axes.locator_params(axis="x", nbins=4)
     axes.set_xlabel(label, parse_math=False)
 
 
@@ -216,7 +218,7 @@ def training(axes: Axes, step: np.ndarray, loss: np.ndarray, window: int) -> Non
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y")
     axes.margins(x=0.01)
-    axes.set(xlabel="step", ylabel="loss")
+    axes.set(xlabel="training step", ylabel="loss, nats/dim")
 
 
 def validation(axes: Axes, step: np.ndarray, bound: np.ndarray, half_width: np.ndarray) -> None:
@@ -225,7 +227,7 @@ def validation(axes: Axes, step: np.ndarray, bound: np.ndarray, half_width: np.n
     axes.plot(step, bound, "o-", color=ACCENT, markersize=3, linewidth=1.4)
     axes.grid(axis="y")
     axes.margins(x=0.01)
-    axes.set(xlabel="step", ylabel="bits/dim")
+    axes.set(xlabel="training step", ylabel="bound, bits/dim")
 
 
 def levels(
@@ -237,17 +239,17 @@ def levels(
     """Curves by name, ``(bins,)`` each, that are constant in the bins between ``edges (bins + 1,)``
     of the log-SNR; ``bars`` has the half-widths of the bands around them."""
     for order, (name, curve) in enumerate(curves.items()):
-        colour, line = ((ACCENT, INK)[order], "-") if name in bars else (MUTED, "--")
-        # The first is on top.
+        colour, line = ((ACCENT, SECOND)[order], "-") if name in bars else (MUTED, "--")
+        # The first is on top, and the second is wider, so that both are seen where they agree.
         stairs = partial(axes.stairs, edges=edges[::-1], color=colour, zorder=3 - order / 3)
-        stairs(curve[::-1], linestyle=line, label=name, baseline=None)
+        stairs(curve[::-1], ls=line, lw=1 + 2 * (order == 1), label=name, baseline=None)
         if name in bars:
             low, high = curve - bars[name], curve + bars[name]
             stairs(high[::-1], baseline=low[::-1], alpha=0.25, fill=True, linewidth=0)
     axes.legend(frameon=False, handlelength=1.2)
     axes.grid(axis="y")
     axes.set_ylim(bottom=0)
-    axes.set(xlabel="log SNR", ylabel="bits/dim per unit of log SNR")
+    axes.set(xlabel="log SNR: noise left, data right", ylabel="bits/dim per unit of log SNR")
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:

@@ -43,7 +43,7 @@ ESTIMATORS = {"ode": ("ODE", "probability-flow ODE"), "bound": ("bound", "variat
 DETAILS = {"data": "Data fingerprints", "config": "Configuration"}
 SHOWN_ELSEWHERE = {
     *("title", "results", "baselines", "baselines_left_out", "warnings", "command", "missing"),
-    *("gap", "noise_levels", "provenance", "verdict"),
+    *("gap", "noise_levels", "running", "provenance", "verdict"),
 }
 
 
@@ -74,8 +74,9 @@ def write(
         ``n`` …; the first is the headline), and optionally ``baselines``, ``warnings``,
         ``command``, ``model``, ``checkpoint``, ``quality`` and ``classifier`` (names to numbers),
         ``codec`` (the content of codec.json), ``baselines_left_out`` (names to reasons),
-        ``training`` (with a ``line`` and the step of the newest ``checkpoint``) and ``missing``
-        (names to the commands that make these parts). If the model has classes, ``classes`` are
+        ``training`` (with a ``line`` and the step of the newest ``checkpoint``), ``running`` (modes
+        that run at this moment, to their processes) and ``missing`` (names to the commands that
+        make these parts). If the model has classes, ``classes`` are
         their C names, and sample i has the class i modulo C. The page lists other entries under
         their own names.
       table: columns (n,) with a row for each image; None for a run that was not evaluated, whose
@@ -134,6 +135,7 @@ def write(
             progress=progress.get("line"),
             results=evaluation,
             facts={name: value for name, value in facts.items() if value is not None},
+            running=report.get("running", {}),
             missing=report.get("missing", {}),
             without_checkpoint=bool(progress) and progress["checkpoint"] is None,
             gap=report.get("gap"),

@@ -438,6 +438,9 @@ def test_every_axis_has_a_name(tmp_path: Path) -> None:
     draws = {
         "rows": partial(plots.rows, rows=[plots.Row("a", 1, 0, 2, "1")], unit="bits/dim"),
         "histogram": partial(plots.histogram, values=values, label="bits/dim"),
+        "pair": partial(
+            plots.pair, rows=values[:, None] + [0, 1], limits=np.eye(2), labels="xy", colour="k"
+        ),
         "marginal": partial(plots.marginal, data=values, samples=values, label="x"),
         "training": partial(plots.training, step=values, loss=values, window=1),
         "validation": partial(plots.validation, step=values, bound=values, half_width=values),
@@ -496,11 +499,11 @@ def test_a_label_does_not_touch_an_interval() -> None:
     figure = Figure((plots.WIDTH, plots.ROWS_HEIGHT + 4 * plots.ROW_HEIGHT), layout="constrained")
     axes = figure.add_subplot()
     with matplotlib.rc_context(plots.STYLE):
-        plots.rows(axes, shown, "bits/dim")
+        plots.rows(axes, shown, "bits/dim", origin=0.2)
         figure.draw_without_rendering()
     # The first line of a row is the rule, whose ends lie below every label.
     drawn = [line.get_window_extent().padded(3) for line in axes.lines if line.get_linewidth() > 1]
-    assert len(drawn) == 2 * len(shown)
+    assert len(drawn) == 3 * len(shown)
     assert not any(text.get_window_extent().count_overlaps(drawn) for text in axes.texts)
 
 

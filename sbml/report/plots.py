@@ -24,6 +24,7 @@ STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 8.5,
     "text.color": INK,
+    "axes.formatter.limits": (-3, 6),
     "axes.labelcolor": MUTED,
     "axes.edgecolor": RULE,
     "axes.spines.top": False,
@@ -83,7 +84,7 @@ class Row(NamedTuple):
 
 
 def rows(axes: Axes, rows: Sequence[Row], unit: str, origin: float | None = None) -> None:
-    """The ``rows``, the first at the top, and a line at ``origin``.
+    """The ``rows``, the first at the top, each with a mark at ``origin``.
 
     A figure is ``ROWS_HEIGHT`` inches high, and ``ROW_HEIGHT`` more for each row.
     """
@@ -102,8 +103,7 @@ def rows(axes: Axes, rows: Sequence[Row], unit: str, origin: float | None = None
         place(label, (0, y), parse_math=False)
         place(row.text, (1, y), ha="right", color=row.colour, weight=bold)
     if origin is not None:
-        axes.axvline(origin, color=RULE, linewidth=1)
-        for y in range(len(rows)):
+        for y in range(len(rows)):  # A line through all rows would cross their labels.
             axes.plot([origin, origin], [y - 0.1, y + 0.1], color=INK, linewidth=1.2)
     axes.set(yticks=[], ylim=(len(rows) - 0.6, -0.75), xlabel=unit)
     axes.margins(x=0.08)
@@ -164,15 +164,14 @@ def marginal(axes: Axes, data: np.ndarray, samples: np.ndarray, label: str) -> N
     axes.set_xlabel(label, parse_math=False)
 
 
-def pair(axes: Axes, data: np.ndarray, samples: np.ndarray, labels: tuple[str, str]) -> None:
-    """Two columns: held-out ``data`` (n, 2) as crosses over ``samples`` (m, 2) as blue dots."""
-    axes.scatter(samples[:, 0], samples[:, 1], s=8, color=ACCENT, alpha=0.5, linewidths=0)
-    axes.scatter(data[:, 0], data[:, 1], s=14, color=INK, marker="x", linewidths=0.8)
-    low, high = data.min(axis=0), data.max(axis=0)
-    margin = (high - low) / 2
-    xlim, ylim = np.stack([low - margin, high + margin], axis=1)
-    axes.set(xlim=xlim, ylim=ylim)
+def pair(
+    axes: Axes, rows: np.ndarray, limits: np.ndarray, labels: tuple[str, str], colour: str
+) -> None:
+    """Two columns of ``rows`` (n, 2) as dots, between the ``limits`` (2, 2), lower and upper."""
+    axes.scatter(rows[:, 0], rows[:, 1], s=8, color=colour, alpha=0.6, linewidths=0)
+    axes.set(xlim=limits[:, 0], ylim=limits[:, 1])
     axes.grid()
+    axes.locator_params(nbins=5)
     axes.set_xlabel(labels[0], parse_math=False)
     axes.set_ylabel(labels[1], parse_math=False)
 

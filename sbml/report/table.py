@@ -78,18 +78,21 @@ def render(
         )
         for i, name in enumerate(names[:MARGINALS])
     ]
-    pairs = [
-        page.figure(
-            f"{names[i]} and {names[j]}",
-            partial(
-                plots.pair,
-                data=values[:, [i, j]],
-                samples=samples[: 2 * len(values)][:, [i, j]],
-                labels=(names[i], names[j]),
-            ),
-        )
-        for i, j in _dependent(values)
-    ]
+    # As many samples as rows, so that both look equally dense, in the range of the rows.
+    ends = np.stack([values.min(axis=0), values.max(axis=0)])
+    limits = ends + 0.04 * np.ptp(ends, axis=0) * np.array([[-1], [1]])
+    shown_rows = (
+        ("held-out rows", values, plots.INK),
+        ("samples", samples[: len(values)], plots.ACCENT),
+    )
+    pairs = []
+    for (i, j), (what, rows, colour) in itertools.product(_dependent(values), shown_rows):
+        each, own = rows[:, [i, j]], limits[:, [i, j]]
+        drawn = {"rows": each, "limits": own, "labels": (names[i], names[j]), "colour": colour}
+        outside = int(np.any((each < own[0]) | (each > own[1]), axis=1).sum())
+        caption = f"{len(rows):,} {what}" + (f", {outside:,} of them outside" if outside else "")
+        title = f"{names[i]} and {names[j]}, {what}"
+        pairs.append(page.figure(title, partial(plots.pair, **drawn), f"{caption}."))
     return (
         page.environment()
         .get_template("table.html")

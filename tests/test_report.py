@@ -481,8 +481,8 @@ def test_a_chart_of_one_point_is_not_drawn(tmp_path: Path) -> None:
         ({"converged": False}, "NOT CONVERGED, all 40 images finite", False),
         ({"nonfinite": 3}, "3 of 40 images NOT FINITE", False),
         ({"tail": 0.3}, "All 40 images finite, no heavy tail", True),
-        ({"tail": "Infinity"}, "HEAVY TAIL, k = inf, all 40 images finite", False),
-        ({"outliers": [[3, 9.5]]}, "1 outliers, all 40 images finite", False),
+        ({"tail": "Infinity"}, "HEAVY TAIL, Pareto's k inf, all 40 images finite", False),
+        ({"outliers": [[3, 9.5]]}, "Outliers: 1, all 40 images finite", False),
         ({"nonfinite": None}, "", True),
     ],
 )

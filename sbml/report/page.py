@@ -186,10 +186,9 @@ def _evaluation(
     shown = {name for _, name, value in terms if value} | {"prior"}
     of_ode = {name for row, name, _ in terms if row.get("estimator") == "ode"}
     nfe = {name: column for name, column in _ending(table, "nfe").items() if np.ptp(column) > 0}
-    named = {
-        Cell(*(str(r.get(key)) for key in KIND[:2]), r.get(KIND[2]) or 1).name: label(r)
-        for r in results
-    }
+    kinds = [[r.get(key) for key in KIND] for r in results]
+    cells = [Cell(str(kind), str(noise), draws or 1).name for kind, noise, draws in kinds]
+    named = dict(zip(cells, map(label, results), strict=True))
     histograms = [
         _histogram(named.get(name, name), f"{quantity} of an image", column)
         for quantity, columns in (("bits/dim", bits), ("network evaluations", nfe))
@@ -279,9 +278,8 @@ def row(label: str, number: Json, *, ours: bool, key: str = "bits_per_dim") -> p
     low, high = map(float, number.get("interval") or (value - half, value + half))
     if not math.isfinite(value):
         return plots.Row(label, value, low, high, "not finite", plots.WARN)
-    return plots.Row(
-        label, value, low, high, f"{value:z.3f}", plots.ACCENT if ours else plots.MUTED
-    )
+    colour = plots.ACCENT if ours else plots.MUTED
+    return plots.Row(label, value, low, high, f"{value:z.3f}", colour)
 
 
 def label(result: Json, whole: bool = False) -> str:
@@ -301,9 +299,9 @@ def verdict(result: Json) -> tuple[str, bool]:
     if lost is not None:
         found.append((f"all {n:,} images finite", f"{lost:,} of {n:,} images NOT FINITE", not lost))
     if k is not None:  # a number, or the text "Infinity"
-        found.append(("no heavy tail", f"HEAVY TAIL, k = {float(k):.2f}", float(k) <= HEAVY))
+        found.append(("no heavy tail", f"HEAVY TAIL, Pareto's k {float(k):.2f}", float(k) <= HEAVY))
     if far is not None:
-        found.append(("no outliers", f"{len(far):,} outliers", not far))
+        found.append(("no outliers", f"outliers: {len(far):,}", not far))
     bad = [no for _, no, good in found if good is False]
     text = ", ".join(bad + [yes for yes, _, good in found if good])
     return text[:1].upper() + text[1:], not bad

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 INK, MUTED, RULE = "#1b2026", "#59616c", "#d9dde3"
-ACCENT, SECOND, WARN = "#1d5fa6", "#b06f00", "#a63a0a"
+ACCENT, SECOND, WARN = "#1d5fa6", "#c07a00", "#a63a0a"
 PALETTE = {"ink": INK, "muted": MUTED, "rule": RULE, "accent": ACCENT, "warn": WARN}
 PALETTE["second"] = SECOND  # Blue and amber differ for all kinds of colour blindness.
 STYLE: Any = {
@@ -241,7 +241,7 @@ def levels(
         colour, line = ((ACCENT, SECOND)[order], "-") if name in bars else (MUTED, "--")
         # The first is on top, and the second is wider, so that both are seen where they agree.
         stairs = partial(axes.stairs, edges=edges[::-1], color=colour, zorder=3 - order / 3)
-        stairs(curve[::-1], ls=line, lw=1 + 2 * (order == 1), label=name, baseline=None)
+        stairs(curve[::-1], ls=line, lw=1.3 + 2.2 * (order == 1), label=name, baseline=None)
         if name in bars:
             low, high = curve - bars[name], curve + bars[name]
             stairs(high[::-1], baseline=low[::-1], alpha=0.25, fill=True, linewidth=0)

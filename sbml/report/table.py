@@ -90,9 +90,9 @@ def render(
         each, own = rows[:, [i, j]], limits[:, [i, j]]
         drawn = {"rows": each, "limits": own, "labels": (names[i], names[j]), "colour": colour}
         outside = int(np.any((each < own[0]) | (each > own[1]), axis=1).sum())
-        caption = f"{len(rows):,} {what}" + (f", {outside:,} of them outside" if outside else "")
+        said = f"{len(rows):,} {what}" + (f", {outside:,} of them outside" if outside else "")
         title = f"{names[i]} and {names[j]}, {what}"
-        pairs.append(page.figure(title, partial(plots.pair, **drawn), f"{caption}."))
+        pairs.append(page.figure(title, partial(plots.pair, **drawn), f"{said}."))
     return (
         page.environment()
         .get_template("table.html")

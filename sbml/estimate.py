@@ -120,8 +120,8 @@ class Estimate:
         low, high = self.population.bounds
         own = f"{self.this_set_ci95:.4f}" if self.this_set_ci95 < math.inf else " not measured"
         text = (
-            f"{self.mean:.4f} {self.unit} at t={notation(self.eps, '.3g')}, 95% interval "
-            f"[{low:.4f}, {high:.4f}], for these examples +-{own}, n={self.population.n}"
+            f"{self.mean:z.4f} {self.unit} at t={notation(self.eps, '.3g')}, 95% interval "
+            f"[{low:z.4f}, {high:z.4f}], for these examples +-{own}, n={self.population.n}"
         )
         if self.solver is not None and self.solver_error is None:
             text += ", the solver's error was not measured"
@@ -175,13 +175,13 @@ class Estimate:
             return ""
         low, high = without.bounds
         shown = ", ".join(
-            f"{names[i] if names else i} ({self.values[i]:.3f})" for i in self.outliers[:5]
+            f"{names[i] if names else i} ({self.values[i]:z.3f})" for i in self.outliers[:5]
         )
         return (
             f"{len(self.outliers)} of {self.population.n} numbers are more than 6 robust standard "
-            f"deviations from the median {self.median:.4f}: {shown}. They are included in the "
-            f"mean; without them it is {without.mean:.4f} {self.unit}, 95% interval [{low:.4f}, "
-            f"{high:.4f}]"
+            f"deviations from the median {self.median:z.4f}: {shown}. They are included in the "
+            f"mean; without them it is {without.mean:z.4f} {self.unit}, 95% interval [{low:z.4f}, "
+            f"{high:z.4f}]"
         )
 
     @property

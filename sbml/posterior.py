@@ -247,7 +247,7 @@ class Importance:
 
     def __repr__(self) -> str:
         text = (
-            f"log Z = {self.log_z.mean:.4f} +- {self.log_z.ci95:.4f} nats (95%), effective sample "
+            f"log Z = {self.log_z.mean:z.4f} +- {self.log_z.ci95:.4f} nats (95%), effective sample "
             f"size {self.effective:.0f} of {len(self.log_weights)}, "
         )
         if self.evaluations is None:

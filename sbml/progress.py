@@ -101,7 +101,7 @@ class Bar(tqdm):
         ``stored`` items were computed earlier, so they do not count for the speed.
         """
         self._sum, self._count = self._sum + float(np.sum(values)), self._count + len(values)
-        self._text = f"{self._sum / self._count:.3f} {self._quantity}" if self._count else ""
+        self._text = f"{self._sum / self._count:z.3f} {self._quantity}" if self._count else ""
         if stored:
             self.n, self._before = self.n + len(values), self._before + len(values)
         else:

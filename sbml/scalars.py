@@ -64,11 +64,12 @@ else:  # A float, or a scalar array.
 
 def notation(value: object, form: str = "") -> str:
     """``value`` as a person writes it, for example "1e-5", "8,8,1" or "None". A ``form`` such as
-    ".3g" rounds a number."""
+    ".3g" rounds a number, and what rounds to 0 has no minus sign."""
     if isinstance(value, tuple | list):
         return ",".join(notation(item, form) for item in value)
     if isinstance(value, float):
-        text = format(value, form) if form else repr(float(value))
+        # "z" stands after the sign.
+        text = format(value, re.sub(r"^[+-]?", r"\g<0>z", form)) if form else repr(float(value))
         return re.sub(r"e\+?(-?)0*", r"e\1", text)
     return str(value)
 

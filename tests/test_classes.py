@@ -15,7 +15,7 @@ from scipy import special
 from sbml import data, losses
 from sbml.data import Options
 from sbml.density import Density
-from sbml.evaluation import samples
+from sbml.evaluation import classifier, samples
 from sbml.experiment import build, objective
 from sbml.modes import eval as evaluate
 from sbml.modes import latents, sample, train, train_dequantizer
@@ -126,12 +126,13 @@ def test_an_evaluation_has_bits_per_dim_given_the_label_and_the_classifier(train
     prior = np.bincount(experiment.labels(train_images)) / len(train_images)
     joint = logp + np.log(prior)
     right = joint.argmax(axis=1) == labels[ids]
-    classifier = stored["classifier"]
-    assert classifier["images"] == 8 and classifier["accuracy"] == np.mean(right)
+    classified = stored["classifier"]
+    assert classified["images"] == 8 and classified["accuracy"] == np.mean(right)
+    assert classified[classifier.GUESS] == prior.max()
     mixture = -special.logsumexp(joint, axis=1) / (dims * np.log(2))
-    found = classifier["bits/dim of the mixture over classes"]
+    found = classified["bits/dim of the mixture over classes"]
     assert found == pytest.approx(mixture.mean(), abs=1e-5)
-    given = classifier["bits/dim given the label"]
+    given = classified["bits/dim given the label"]
     own = [each[labels[i]][j] for j, i in enumerate(ids)]
     assert given == pytest.approx(np.mean(own), abs=1e-5)
     assert table["class"].tolist() == images.labels[table["id"]].tolist()
@@ -140,6 +141,16 @@ def test_an_evaluation_has_bits_per_dim_given_the_label_and_the_classifier(train
     own = table["ode_uniform_bits_per_dim"]
     assert stored["results"][0]["bits_per_dim"] == pytest.approx(own.mean())
     assert abs(own[np.isin(table["id"], ids)].mean() - given) < 0.05
+
+
+@pytest.mark.parametrize("accuracy", [0.05, 0.1, 0.15])
+def test_a_classifier_that_is_no_better_than_a_guess_gives_a_warning(accuracy: float) -> None:
+    found = classifier.cautions({"accuracy": accuracy, classifier.GUESS: 0.1})
+    assert len(found) == (accuracy <= 0.1)
+    assert all(
+        f"accuracy of {accuracy}, and guessing the most frequent class has 0.1" in f for f in found
+    )
+    assert classifier.cautions({}) == []
 
 
 @pytest.mark.slow

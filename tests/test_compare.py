@@ -72,7 +72,7 @@ def test_differences_are_computed_from_the_images_that_both_runs_have(tmp_path):
     evaluated = [Run.read(alone), Run.read(second)]
     numbers = comparison.compare(evaluated)
     assert numbers["lacking"] == {"alone": ["ode uniform K=3"]}
-    assert "<b>alone</b> lacks ode uniform K=3." in comparison.render(evaluated, numbers)
+    assert "<b>alone</b> lacks ODE, uniform, K = 3." in comparison.render(evaluated, numbers)
 
 
 def test_a_plotted_difference_shows_its_verdict_and_interval():

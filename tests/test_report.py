@@ -6,17 +6,20 @@ import io
 import json
 import math
 import re
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
+from sbml.report import comparison, pictures, plots, table
 from sbml.report import page as report_page
-from sbml.report import pictures, plots
-from sbml.report.result import HALF_WIDTH, ROWS
+from sbml.report.result import HALF_WIDTH, ROWS, Result
 
 N, LEVELS = 40, 17
 ATTACK = '<script>alert("x")</script> $\\frac{'
@@ -180,15 +183,18 @@ def test_each_term_is_linked_to_a_heading_of_the_documentation(tmp_path: Path) -
 def test_the_rows_to_copy_have_the_number_of_the_result() -> None:
     results = [RESULT | {"bits_per_dim": 1.98765, "interval": [1.8, 2.2]}]
     results.append(RESULT | {"dequantizer": "truncated_normal", "num_importance": 20})
-    rows = report_page.copied("a_run, 2", results)
+    rows = report_page.copied("a_run, 2|", results)
+    assert rows["Markdown"].split("\n")[2] == (
+        r"| a_run, 2\| | ode | uniform | 1.988 | 1.800 to 2.200 | 40 | 0.001 |"
+    )
     first, second = rows["LaTeX"].split("\n")
     assert first == (
-        r"a\_run, 2 & ode & uniform & $1.988$ & $[1.800, 2.200]$ & 40 & $1 \times 10^{-3}$ \\"
+        r"a\_run, 2| & ode & uniform & $1.988$ & $[1.800, 2.200]$ & 40 & $1 \times 10^{-3}$ \\"
     )
     assert r"& truncated\_normal, K = 20 & $2.000$ &" in second
     read = list(csv.DictReader(io.StringIO(rows["CSV"])))
     assert [float(row["bits_per_dim"]) for row in read] == [1.98765, 2.0]
-    assert read[0]["run"] == "a_run, 2" and read[1]["K"] == "20" and float(read[1]["eps"]) == 1e-3
+    assert read[0]["run"] == "a_run, 2|" and read[1]["K"] == "20" and float(read[1]["eps"]) == 1e-3
 
 
 def test_the_area_below_the_losses_of_all_noise_levels_is_the_term(tmp_path: Path) -> None:
@@ -211,7 +217,8 @@ def test_page_shows_the_numbers(tmp_path: Path) -> None:
     for shown in (
         "1.980 bits/dim",
         "95% confidence interval 1.957 to 2.004",
-        f"ode · uniform · test, {N} images, smallest time t = 1e-5.",
+        "All 40 images finite.",
+        f"probability-flow ODE, uniform dequantization ; test, {N} images, smallest time t = 1e-5.",
         "0.410 bits/dim below the best baseline, per-pixel histogram.",
         "1,030,000",
         "50.2",
@@ -301,8 +308,7 @@ def test_several_results_have_their_own_figures(tmp_path: Path) -> None:
     }
     text = write(tmp_path, numbers(), table=table).text
     assert "40 images: mean 2, from 1 to 3." in text
-    assert "40 images: mean 3, from 2 to 4." in text
-    assert "bound bits/dim" in text
+    assert "bound. 40 images: mean 3, from 2 to 4." in text
 
 
 def test_long_runs_and_large_images_stay_small(tmp_path: Path) -> None:
@@ -415,6 +421,45 @@ def test_images_are_called_by_their_files(tmp_path: Path) -> None:
     assert len(shown) == 20 and all(alt.startswith("Image train/") for alt in shown)
 
 
+def test_a_number_that_rounds_to_0_has_no_minus_sign(tmp_path: Path) -> None:
+    """Neither on the page nor in a terminal."""
+    tiny = RESULT | {"bits_per_dim": -1e-9, "interval": [-2e-9, 0.0], "terms": {"prior": -1e-9}}
+    page = write(tmp_path, numbers(results=[tiny], baselines=[{"name": "b", "bits_per_dim": -0.0}]))
+    row = {"name": "b", "log_p": -1e-9, "interval": [-1e-9, 0.0], "chosen": ""}
+    gap = {"difference": -1e-9, "difference_interval": [-1e-9, -0.0]}
+    shown = page.text.partition("Every number of the results")[0]
+    shown += comparison.difference_row({"run": "b", "verdict": "unclear", **gap}).text
+    shown += Result.read(tiny).line + table.line(row | gap) + table.verdict(row | gap)
+    assert "-" in shown and not re.search(r"(?<![+e])-0\.0+(?![0-9])", shown)
+
+
+def test_every_axis_has_a_name(tmp_path: Path) -> None:
+    values = np.linspace(0, 1, 9)
+    draws = {
+        "rows": partial(plots.rows, rows=[plots.Row("a", 1, 0, 2, "1")], unit="bits/dim"),
+        "histogram": partial(plots.histogram, values=values, label="bits/dim"),
+        "pair": partial(
+            plots.pair, rows=values[:, None] + [0, 1], limits=np.eye(2), labels="xy", colour="k"
+        ),
+        "marginal": partial(plots.marginal, data=values, samples=values, label="x"),
+        "training": partial(plots.training, step=values, loss=values, window=1),
+        "validation": partial(plots.validation, step=values, bound=values, half_width=values),
+        "levels": partial(plots.levels, edges=values, curves={"a": values[1:]}, bars={}),
+    }
+    for name, draw in draws.items():
+        axes = Figure().add_subplot()
+        draw(axes)
+        assert axes.get_xlabel() and (axes.get_ylabel() or name == "rows"), name
+
+
+def test_losses_of_training_and_of_other_images_differ_in_colour() -> None:
+    values = np.linspace(0, 1, 9)
+    axes, curves = Figure().add_subplot(), {"test": values[1:], "training": values[1:]}
+    plots.levels(axes, values, curves, bars=curves)
+    drawn = {patch.get_label(): patch.get_edgecolor() for patch in axes.patches}
+    assert drawn["test"] != drawn["training"]
+
+
 def test_a_chart_of_one_point_is_not_drawn(tmp_path: Path) -> None:
     """The page has no empty heading in its place either."""
     one = {"id": np.array([0]), "bits_per_dim": np.array([1.0])}
@@ -427,6 +472,39 @@ def test_a_chart_of_one_point_is_not_drawn(tmp_path: Path) -> None:
     page = write(tmp_path, numbers(), table=two, curves=[*curves, {"step": 2, "loss": 1.0}])
     assert "svg" in page.tags and "Bits/dim of each image" in page.text
     assert "2 logged steps" in page.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "good"),
+    [
+        ({"converged": True, "outliers": []}, "Converged, all 40 images finite, no outliers", True),
+        ({"converged": False}, "NOT CONVERGED, all 40 images finite", False),
+        ({"nonfinite": 3}, "3 of 40 images NOT FINITE", False),
+        ({"tail": 0.3}, "All 40 images finite, no heavy tail", True),
+        ({"tail": "Infinity"}, "HEAVY TAIL, Pareto's k inf, all 40 images finite", False),
+        ({"outliers": [[3, 9.5]]}, "Outliers: 1, all 40 images finite", False),
+        ({"nonfinite": None}, "", True),
+    ],
+)
+def test_the_headline_says_what_is_known_of_a_number(
+    changes: dict[str, Any], said: str, good: bool
+) -> None:
+    assert report_page.verdict({**numbers()["results"][0], **changes}) == (said, good)
+
+
+def test_a_label_does_not_touch_an_interval() -> None:
+    """The interval may be below the label or below the value, or have no width."""
+    ends = ((0.0, 1.0), (0.0, 0.3), (0.95, 1.0), (0.5, 0.5))
+    shown = [plots.Row("g" * 30, (low + high) / 2, low, high, "2.943") for low, high in ends]
+    figure = Figure((plots.WIDTH, plots.ROWS_HEIGHT + 4 * plots.ROW_HEIGHT), layout="constrained")
+    axes = figure.add_subplot()
+    with matplotlib.rc_context(plots.STYLE):
+        plots.rows(axes, shown, "bits/dim", origin=0.2)
+        figure.draw_without_rendering()
+    # The first line of a row is the rule, whose ends lie below every label.
+    drawn = [line.get_window_extent().padded(3) for line in axes.lines if line.get_linewidth() > 1]
+    assert len(drawn) == 3 * len(shown)
+    assert not any(text.get_window_extent().count_overlaps(drawn) for text in axes.texts)
 
 
 def test_a_baseline_that_is_left_out_has_its_reason(tmp_path: Path) -> None:

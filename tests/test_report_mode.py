@@ -1,7 +1,9 @@
 """``--mode=report``: the report of what is there, while another process trains there."""
 
+import contextlib
 import fcntl
 import json
+import os
 import re
 import subprocess
 import sys
@@ -142,6 +144,48 @@ def test_an_evaluation_is_shown_with_the_progress(
     samples(training, 1)  # These are of another model than the results.
     runs.mode(report.run, tiny.get_config(), training)
     assert set(shown(training)[0]["missing"]) == {"samples", "quality"}
+
+
+def test_a_part_that_a_mode_is_making_is_not_missing(tmp_path: Path) -> None:
+    log(tmp_path, 3)
+    for modes, missing in (
+        (["eval", "sample"], {"quality"}),
+        (["quality"], {"results", "samples"}),
+    ):
+        with contextlib.ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(Workdir(tmp_path).lock(mode))
+            runs.mode(report.run, tiny.get_config(), tmp_path)
+        numbers, text = shown(tmp_path)
+        assert set(numbers["missing"]) == missing and set(numbers["running"]) == {*modes}
+        assert all(f"--mode={mode} is running: process {os.getpid()} on" in text for mode in modes)
+        assert ("The samples are being drawn." in text) == ("sample" in modes)
+
+
+def test_what_the_losses_tell_of_the_gap_is_shown_with_a_command_for_the_rest(
+    tmp_path: Path,
+) -> None:
+    """Each flag is in the command once, and only if the evaluation depends on it."""
+    evaluated(tmp_path, {"step": 2, "parameters_crc32": 7})
+    levels = {"edges": [6.0, 2.0, 1.0], "split": [0.5, 0.1], "train": [0.25, 0.1]}
+    levels |= {"split_stderr": [0.3, 0.0], "train_stderr": [0.4, 0.0]}
+    command = (
+        "python -m sbml.main --config=x.py --mode=train,eval --config.eval.max_images=9 --trust me "
+        "--config.training.num_steps=9 --config.eval.batch_size=1 --config.eval.batch_size=7"
+    )
+    stored = {**Workdir(tmp_path).read(EVALUATION), "noise_levels": levels, "command": command}
+    Workdir(tmp_path).write(EVALUATION, stored)
+    assert summary.write(Workdir(tmp_path), lambda split: data.load("digits", split))
+    numbers, text = shown(tmp_path)
+    assert numbers["gap"]["command"] == (
+        f"python -m sbml.main --workdir={tmp_path} --mode=eval --config.eval.split=train "
+        "--config.eval.max_images=360 --trust=me --config.eval.batch_size=7"
+    )
+    assert numbers["gap"]["diffusion"] == pytest.approx(
+        {"held_out": 2.1, "train": 1.1, "gap": 1.0, "ci95": 1.96 * 4 * 0.5}
+    )
+    assert "2.10 bits/dim for the held-out images and 1.10 for the training images" in text
+    assert "the difference is +1.000 ± 3.9," in text and "not known" not in text
 
 
 def test_costs_are_those_of_the_training_that_made_the_checkpoint(tmp_path: Path) -> None:

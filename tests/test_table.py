@@ -97,6 +97,13 @@ def test_the_number_is_that_of_a_known_density(known: tuple) -> None:
     assert rows["samples"].shape == (50, 2) and (rows["samples"][:, 0] > 0).all()
     page = (folder / "run/report.html").read_text()
     assert found["verdict"] in page and "NaN" not in page
+    assert "95% intervals of each mean." in page
+    # A pair is drawn twice in the same range: the rows, and as many samples, beside each other.
+    low, high = test.values.min(axis=0), test.values.max(axis=0)
+    low, high = low - 0.04 * (high - low), high + 0.04 * (high - low)
+    few = np.any((rows["samples"] < low) | (rows["samples"] > high), axis=1).sum()
+    assert f"{len(test.values)} held-out rows." in page
+    assert f"50 samples{f', {few} of them outside' if few else ''}." in page
 
 
 @pytest.mark.slow

@@ -295,7 +295,7 @@ class _Trial:
         weights = 1 / images if every is None else np.exp(log_p)
         excess = np.sum(weights * (values + log_p), axis=1) / (world.dims * bits.LOG2)
         mean, tolerance = _mean(excess)
-        words = f"excess {mean:+.4f} +- {tolerance:.4f} bits/dim"
+        words = f"excess {mean:+z.4f} +- {tolerance:.4f} bits/dim"
         ok = mean >= -(tolerance + SOLVER)
         yield self.finding("bound", ok, mean, tolerance, words, COARSE)
         within = self.estimator.within
@@ -337,7 +337,7 @@ class _Trial:
             mean, tolerance = _mean(gap)
             found.append((abs(mean), tolerance, place))
         gap, tolerance, place = max(found, key=lambda each: each[0] / (each[1] + SOLVER))
-        words = f"{place}, an image's number differs by {gap:.4f} +- {tolerance:.4f} bits/dim"
+        words = f"{place}, an image's number differs by {gap:z.4f} +- {tolerance:.4f} bits/dim"
         ok = gap <= tolerance + SOLVER
         return self.finding("independent", ok, gap, tolerance, words, math.inf)
 

@@ -19,6 +19,8 @@ from sbml.intervals import mean_interval
 from sbml.report.result import HALF_WIDTH
 from sbml.runtime.parts import compute_once
 
+GUESS = "accuracy of guessing the most frequent class"
+
 
 def why_none(inputs: Inputs) -> str:
     """Why a model with classes has no classifier; empty if there is no obstacle."""
@@ -53,6 +55,17 @@ def classify(inputs: Inputs) -> dict[str, float]:
     return {name: float(value) for name, value in stored.items()}
 
 
+def cautions(found: dict[str, float]) -> list[str]:
+    """Warnings about the numbers of :func:`classify`, which may be empty."""
+    if found and found["accuracy"] <= found[GUESS]:
+        return [
+            f"the classifier has an accuracy of {found['accuracy']:.3g}, and guessing the most "
+            f"frequent class has {found[GUESS]:.3g}: the model has not learned the classes, so "
+            "train it longer, or classify more images (eval.classifier_images)"
+        ]
+    return []
+
+
 def _numbers(
     density: Density, pixels: np.ndarray, truth: np.ndarray, seen: np.ndarray
 ) -> dict[str, float]:
@@ -66,6 +79,7 @@ def _numbers(
     return {
         "images": float(len(truth)),
         **_with_interval("accuracy", accuracy),
+        GUESS: float(prior.max()),
         **_with_interval("-log p(c | k), nats", score),
         "calibration error": found.calibration_error(truth),
         **_with_interval("bits/dim of the mixture over classes", mean_interval(mixture)),

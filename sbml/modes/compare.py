@@ -31,10 +31,10 @@ def run(workdir: Workdir | None = None, runs: str = "") -> None:
         print(cell["name"])
         for row in cell["rows"]:
             time = notation(row["smallest_time"], ".3g")
-            number = f"{row['bits_per_dim']:.4f} bits/dim at t={time}"
+            number = f"{row['bits_per_dim']:z.4f} bits/dim at t={time}"
             line = f"  {row['run']:24s} {number}"
             if "difference" in row:
                 low, high = row["difference_interval"]
-                line += f", {row['difference']:+.4f} [{low:+.4f}, {high:+.4f}], n={row['pairs']}"
+                line += f", {row['difference']:+z.4f} [{low:+z.4f}, {high:+z.4f}], n={row['pairs']}"
             print(line)
     print(f"page: {workdir / 'comparison.html'}")

@@ -10,9 +10,8 @@ from absl import logging
 
 from sbml import dequantizers
 from sbml.dequantizers import DEQUANTIZERS
-from sbml.evaluation import levels, table
+from sbml.evaluation import classifier, levels, table
 from sbml.evaluation.cells import CellRun
-from sbml.evaluation.classifier import classify
 from sbml.evaluation.inputs import Inputs, check_first_batch
 from sbml.experiment.build import Experiment
 from sbml.experiment.trained import Trained
@@ -65,16 +64,17 @@ def run(trained: Trained, preemption: Preemption) -> Workdir:
         print(results[-1].line)
     profiled = next((run for run in runs if run.cell.kind.reducible), None)
     loss = levels.measure(inputs, profiled) if profiled and config.bound.level_images else None
-    classifier = classify(inputs)
-    for name, text in with_half_widths(classifier).items():
+    classified = classifier.classify(inputs)
+    for name, text in with_half_widths(classified).items():
         print(f"classifier: {name} {text}")
     pairs = zip(runs, numbers, strict=True)
     found = [warning for run, number in pairs for warning in run.warnings(number)]
+    found += classifier.cautions(classified)
     for warning in found:
         logging.warning(warning)
     tables = table.columns(inputs, runs, numbers)
     evaluation = table.evaluation(inputs, results, tables, [*warnings, *found])
-    more = {"undefined": undefined, "classifier": classifier, "noise_levels": loss}
+    more = {"undefined": undefined, "classifier": classified, "noise_levels": loss}
     evaluation |= {name: value for name, value in more.items() if value}
     out = Workdir(trained.workdir / "train") if config.split == "train" else trained.workdir
     # First the columns, and then the evaluation that names them.

@@ -71,7 +71,7 @@ def progress(
         words.append(f"step {step:,}" + (f" of {num_steps:,}" if step <= num_steps else ""))
         if owner is None and saved < step == num_steps:
             words.append(f"saved up to step {saved:,}" if saved else "no checkpoint")
-    words.append("no loss logged yet" if loss is None else f"last loss {loss:.4f}")
+    words.append("no loss logged yet" if loss is None else f"last loss {loss:z.4f}")
     return {
         "line": ", ".join(words),
         **{"owner": owner, "step": step, "num_steps": num_steps},

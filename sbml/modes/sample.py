@@ -105,6 +105,6 @@ def gap(trained: Trained, sampler: Sampler) -> str:
         logging.warning("gap: %s", warning)
     unit = bits.nats_to_bits(1.0, density.shape)
     return (
-        f"{steps} steps of {name}: {unit * found.mean:.4f} +- {unit * found.population.ci95:.4f} "
+        f"{steps} steps of {name}: {unit * found.mean:z.4f} +- {unit * found.population.ci95:.4f} "
         f"bits/dim from the model (KL from the ODE's density, before rounding, {COMPARED} samples)"
     )

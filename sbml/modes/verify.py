@@ -94,7 +94,7 @@ def fast_compilation() -> Iterator[None]:
 
 def row(report: Report, result: str) -> str:
     """A line of the first table: the name, the excess in each world, and the result."""
-    excess = [f"{report.excess[w]:+.4f}" if w in report.excess else "" for w in WORLDS]
+    excess = [f"{report.excess[w]:+z.4f}" if w in report.excess else "" for w in WORLDS]
     return "  ".join([f"{report.estimator:40}", *(f"{each:>9}" for each in excess), result])
 
 

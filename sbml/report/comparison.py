@@ -179,7 +179,7 @@ def compare(runs: Sequence[Run]) -> Json:
 def difference_row(row: Json) -> plots.Row:
     """The difference of a run. The verdict is shown by the colour and also as a word."""
     (low, high), colours = row["difference_interval"], {"better": plots.ACCENT, "worse": plots.WARN}
-    value = f"{row['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    value = f"{row['difference']:+z.4f}"  # The interval is the bar.
     colour = colours.get(row["verdict"], plots.MUTED)
     return plots.Row(f"{row['run']}: {row['verdict']}", row["difference"], low, high, value, colour)
 
@@ -198,6 +198,11 @@ def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 def render(runs: Sequence[Run], numbers: Json) -> str:
     """The page, one HTML file that opens offline; ``numbers`` are from :func:`compare`."""
+    titles = {n: page.label(vars(r)) for run in runs for n, r in run.results.items()}
+    lacking = {
+        name: [titles.get(part, part) for part in parts]
+        for name, parts in numbers["lacking"].items()
+    }
     models, cells = [], []
     for run, about in zip(runs, numbers["runs"], strict=True):
         time = "–" if run.seconds is None else str(timedelta(seconds=round(run.seconds)))
@@ -214,7 +219,7 @@ def render(runs: Sequence[Run], numbers: Json) -> str:
             "contains 0, it is unclear which run is better."
         )
         figure = page.rows_figure(cell["name"], rows, unit, caption, origin=0.0) if rows else None
-        cells.append({**cell, "figure": figure})
+        cells.append({**cell, "title": titles[cell["name"]], "figure": figure})
     samples = []
     for run in runs:
         if run.samples is not None:
@@ -232,7 +237,7 @@ def render(runs: Sequence[Run], numbers: Json) -> str:
             cells=cells,
             runs=models,
             warnings=[f"{run.name}: {each}" for run in runs for each in run.evaluation["warnings"]],
-            lacking=numbers["lacking"],
+            lacking=lacking,
             rows=[name for name in dict.fromkeys(itertools.chain(*models)) if name != "name"],
             differing=differing(runs),
             samples=samples,

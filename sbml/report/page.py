@@ -22,6 +22,8 @@ from etils import epath
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
+from sbml.estimators import Cell
+from sbml.intervals import HEAVY
 from sbml.report import pictures, plots
 from sbml.report.result import ROWS, strict, with_half_widths
 from sbml.runtime.files import write_whole
@@ -35,10 +37,13 @@ PAGE_WIDTH = 1056  # pixels, as in report.css
 STRIP_IMAGES, SAMPLE_COLUMNS, SAMPLE_ROWS = 10, 16, 8
 PIXEL_BUDGET = 150_000  # bytes before compression, for each strip and half the sample grid
 
+KIND = ("estimator", "dequantizer", "num_importance")  # what :func:`label` names
+# The names of the estimators on the page: in headings, and in the headline.
+ESTIMATORS = {"ode": ("ODE", "probability-flow ODE"), "bound": ("bound", "variational bound")}
 DETAILS = {"data": "Data fingerprints", "config": "Configuration"}
 SHOWN_ELSEWHERE = {
     *("title", "results", "baselines", "baselines_left_out", "warnings", "command", "missing"),
-    *("gap", "noise_levels", "provenance"),
+    *("gap", "noise_levels", "running", "provenance", "verdict"),
 }
 
 
@@ -69,8 +74,9 @@ def write(
         ``n`` …; the first is the headline), and optionally ``baselines``, ``warnings``,
         ``command``, ``model``, ``checkpoint``, ``quality`` and ``classifier`` (names to numbers),
         ``codec`` (the content of codec.json), ``baselines_left_out`` (names to reasons),
-        ``training`` (with a ``line`` and the step of the newest ``checkpoint``) and ``missing``
-        (names to the commands that make these parts). If the model has classes, ``classes`` are
+        ``training`` (with a ``line`` and the step of the newest ``checkpoint``), ``running`` (modes
+        that run at this moment, to their processes) and ``missing`` (names to the commands that
+        make these parts). If the model has classes, ``classes`` are
         their C names, and sample i has the class i modulo C. The page lists other entries under
         their own names.
       table: columns (n,) with a row for each image; None for a run that was not evaluated, whose
@@ -91,6 +97,8 @@ def write(
     """
     report: Json = strict(content)
     results, progress = report["results"], report.get("training", {})
+    if results:
+        report["verdict"] = verdict(results[0])[0]
     losses = training(curves), validation(curves), levels_figure(report)
     evaluation, warnings = None, [*report.get("warnings", [])]
     if table is not None and images is not None:
@@ -127,6 +135,7 @@ def write(
             progress=progress.get("line"),
             results=evaluation,
             facts={name: value for name, value in facts.items() if value is not None},
+            running=report.get("running", {}),
             missing=report.get("missing", {}),
             without_checkpoint=bool(progress) and progress["checkpoint"] is None,
             gap=report.get("gap"),
@@ -176,15 +185,20 @@ def _evaluation(
     terms = [(row, *item) for row in results for item in row.get("terms", {}).items()]
     shown = {name for _, name, value in terms if value} | {"prior"}
     of_ode = {name for row, name, _ in terms if row.get("estimator") == "ode"}
-    histograms = {f"{k} bits/dim".strip(): v for k, v in bits.items() if v.size > 1}
-    histograms |= {
-        f"{name} network evaluations".strip(): column
-        for name, column in _ending(table, "nfe").items()
-        if np.ptp(column) > 0
-    }
+    nfe = {name: column for name, column in _ending(table, "nfe").items() if np.ptp(column) > 0}
+    kinds = [[r.get(key) for key in KIND] for r in results]
+    cells = [Cell(str(kind), str(noise), draws or 1).name for kind, noise, draws in kinds]
+    named = dict(zip(cells, map(label, results), strict=True))
+    histograms = [
+        _histogram(named.get(name, name), f"{quantity} of an image", column)
+        for quantity, columns in (("bits/dim", bits), ("network evaluations", nfe))
+        for name, column in columns.items()
+        if column.size > 1
+    ]
     best_images, worst_images = _extremes(table, next(iter(bits.values())), images, levels)
     return {
         "first": first,
+        "verdict": verdict(first),
         "versus": versus,
         "comparison": comparison,
         "rows": {
@@ -196,7 +210,7 @@ def _evaluation(
         "terms": {
             name: OF_ODE if name in of_ode else OF_BOUND for _, name, _ in terms if name in shown
         },
-        "histograms": [_histogram(name, column) for name, column in histograms.items()],
+        "histograms": histograms,
         "best": best_images,
         "worst": worst_images,
     }
@@ -264,24 +278,44 @@ def row(label: str, number: Json, *, ours: bool, key: str = "bits_per_dim") -> p
     low, high = map(float, number.get("interval") or (value - half, value + half))
     if not math.isfinite(value):
         return plots.Row(label, value, low, high, "not finite", plots.WARN)
-    return plots.Row(label, value, low, high, f"{value:.3f}", plots.ACCENT if ours else plots.MUTED)
+    colour = plots.ACCENT if ours else plots.MUTED
+    return plots.Row(label, value, low, high, f"{value:z.3f}", colour)
 
 
-def label(result: Json) -> str:
-    """The name of a result on the page."""
-    words = [result[key] for key in ("estimator", "dequantizer") if result.get(key)]
+def label(result: Json, whole: bool = False) -> str:
+    """The name of a result on the page, in full words if ``whole``."""
+    name, noise = (str(result.get(key, "")) for key in ("estimator", "dequantizer"))
+    words = [ESTIMATORS.get(name, (name, name))[whole]]
+    words += [noise.replace("_", " ") + " dequantization" * whole] if noise else []
     if (draws := result.get("num_importance") or 1) > 1:
         words.append(f"K = {draws}")
-    return " · ".join(map(str, words)) or "result"
+    return ", ".join(filter(None, words)) or "result"
+
+
+def verdict(result: Json) -> tuple[str, bool]:
+    """What is known of how far a number can be trusted, in words, and whether all of it is good."""
+    n, lost, k, far = (result.get(key) for key in ("n", "nonfinite", "tail", "outliers"))
+    found = [("converged", "NOT CONVERGED", result.get("converged"))]
+    if lost is not None:
+        found.append((f"all {n:,} images finite", f"{lost:,} of {n:,} images NOT FINITE", not lost))
+    if k is not None:  # a number, or the text "Infinity"
+        found.append(("no heavy tail", f"HEAVY TAIL, Pareto's k {float(k):.2f}", float(k) <= HEAVY))
+    if far is not None:
+        found.append(("no outliers", f"outliers: {len(far):,}", not far))
+    bad = [no for _, no, good in found if good is False]
+    text = ", ".join(bad + [yes for yes, _, good in found if good])
+    return text[:1].upper() + text[1:], not bad
 
 
 def copied(run: str, results: Sequence[Json]) -> dict[str, str]:
-    """The results as rows to copy, for LaTeX and as CSV.
+    """The results as rows to copy, for LaTeX, in Markdown and as CSV.
 
-    The columns are run, estimator, dequantizer, K, bits/dim, its 95% interval, n and eps. In LaTeX,
-    K has no column: if it is above 1, it stands beside the dequantizer.
+    The columns are run, estimator, dequantizer, K, bits/dim, its 95% interval, n and eps. In LaTeX
+    and in Markdown, K has no column: if it is above 1, it stands beside the dequantizer.
     """
     names = ["run", "estimator", "dequantizer", "K", "bits_per_dim", "low", "high", "n", "eps"]
+    heads = ["run", "estimator", "dequantizer", "bits/dim", "95% interval", "images", "t"]
+    marked = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     table, rows = io.StringIO(), []
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(names)
@@ -294,10 +328,14 @@ def copied(run: str, results: Sequence[Json]) -> dict[str, str]:
         mantissa, _, exponent = f"{eps or 0:.2e}".partition("e")
         time = f"{float(mantissa):g}" + (rf" \times 10^{{{int(exponent)}}}" if eps else "")
         row = [run, kind, noise + (f", K = {draws}" if draws > 1 else "")]
+        bits, own = text(result["bits_per_dim"], "bits"), f"{low} to {high}"
+        cells = [re.sub(r"([|\\<])", r"\\\1", cell) for cell in row]
+        marked.append(f"| {' | '.join([*cells, bits, own, text(n), text(eps, '.3g')])} |")
         row = [re.sub(r"([#$%&_{}])", r"\\\1", cell) for cell in row]
-        row += [f"${text(result['bits_per_dim'], 'bits')}$", f"$[{low}, {high}]$", text(n)]
+        row += [f"${bits}$", f"$[{low}, {high}]$", text(n)]
         rows.append(" & ".join([*row, f"${time}$"]) + r" \\")
-    return {"LaTeX": "\n".join(rows), "CSV": table.getvalue().rstrip()}
+    shown = {"LaTeX": rows, "Markdown": marked, "CSV": [table.getvalue().rstrip()]}
+    return {name: "\n".join(lines) for name, lines in shown.items()}
 
 
 def levels_figure(report: Json) -> Figure | None:
@@ -315,7 +353,7 @@ def levels_figure(report: Json) -> Figure | None:
     areas = [f"{name} {-np.diff(edges) @ curve:.2f}" for name, curve in curves.items()]
     caption = (
         "Where the bits of the bound come from: the squared error of the noise prediction at each "
-        "ratio of signal to noise; data are at the right, noise is at the left. The area below a "
+        "ratio of signal to noise, SNR, whose logarithm is natural. The area below a "
         f"curve is the term diffusion, in bits/dim: {', '.join(areas)}. The best linear prediction "
         "is that of a Gaussian with the moments of the training images. Bands are 1.96 standard "
         "errors wide on each side."
@@ -340,7 +378,8 @@ def figure(
     return {"svg": svg, "alt": f"{name}. {caption}".strip(), "caption": caption}
 
 
-def _histogram(name: str, values: np.ndarray) -> Figure:
+def _histogram(name: str, quantity: str, values: np.ndarray) -> Figure:
+    """The figure of the ``values`` of a ``quantity`` for the number called ``name``."""
     finite = values[np.isfinite(values)]
     caption = f"{values.size:,} images, none finite."
     if finite.size:
@@ -350,8 +389,10 @@ def _histogram(name: str, values: np.ndarray) -> Figure:
         )
     if 0 < finite.size < values.size:
         caption += f" {values.size - finite.size:,} not finite, not in this mean."
-    draw = partial(plots.histogram, values=values, label=name)
-    return figure(name, draw, caption)
+    caption = f"{name}. {caption}" if name else caption
+    return figure(
+        f"{name}: {quantity}", partial(plots.histogram, values=values, label=quantity), caption
+    )
 
 
 def training(curves: Sequence[Mapping[str, Any]]) -> Figure | None:
@@ -385,7 +426,7 @@ def validation(curves: Sequence[Mapping[str, Any]]) -> Figure | None:
     least = ""
     if finite.size:
         best = finite[bound[finite].argmin()]
-        least = f" The least is {bound[best]:.4f} bits/dim, at step {step[best]:,}."
+        least = f" The least is {bound[best]:z.4f} bits/dim, at step {step[best]:,}."
     caption = (
         f"Bound on the validation images.{least} The band is 1.96 standard errors of a mean over "
         "images. All points have the same images and draws, so differences between steps are more "

@@ -17,12 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 INK, MUTED, RULE = "#1b2026", "#59616c", "#d9dde3"
-ACCENT, WARN = "#1d5fa6", "#a63a0a"
+ACCENT, SECOND, WARN = "#1d5fa6", "#c07a00", "#a63a0a"
 PALETTE = {"ink": INK, "muted": MUTED, "rule": RULE, "accent": ACCENT, "warn": WARN}
+PALETTE["second"] = SECOND  # Blue and amber differ for all kinds of colour blindness.
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 8.5,
     "text.color": INK,
+    "axes.formatter.limits": (-3, 6),
     "axes.labelcolor": MUTED,
     "axes.edgecolor": RULE,
     "axes.spines.top": False,
@@ -82,7 +84,7 @@ class Row(NamedTuple):
 
 
 def rows(axes: Axes, rows: Sequence[Row], unit: str, origin: float | None = None) -> None:
-    """The ``rows``, the first at the top, and a line at ``origin``.
+    """The ``rows``, the first at the top, each with a mark at ``origin``.
 
     A figure is ``ROWS_HEIGHT`` inches high, and ``ROW_HEIGHT`` more for each row.
     """
@@ -90,19 +92,18 @@ def rows(axes: Axes, rows: Sequence[Row], unit: str, origin: float | None = None
         bold = "normal" if row.colour == MUTED else "bold"
         place = partial(
             axes.annotate,
-            xytext=(0, 5),
+            xytext=(0, 8),  # above the dot and the bar of its own row
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
         )
         axes.axhline(y, color=RULE, linewidth=0.6)
         axes.plot([row.low, row.high], [y, y], color=row.colour, linewidth=2)
         axes.plot(row.mean, y, "o", color=row.colour, markersize=5)
-        label = row.label if len(row.label) < 32 else f"…{row.label[-30:]}"
+        label = row.label if len(row.label) < 36 else f"…{row.label[-34:]}"
         place(label, (0, y), parse_math=False)
         place(row.text, (1, y), ha="right", color=row.colour, weight=bold)
     if origin is not None:
-        axes.axvline(origin, color=RULE, linewidth=1)
-        for y in range(len(rows)):
+        for y in range(len(rows)):  # A line through all rows would cross their labels.
             axes.plot([origin, origin], [y - 0.1, y + 0.1], color=INK, linewidth=1.2)
     axes.set(yticks=[], ylim=(len(rows) - 0.6, -0.75), xlabel=unit)
     axes.margins(x=0.08)
@@ -144,7 +145,7 @@ def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
     for line, note in enumerate(notes):
         _warn(axes, 0.98 - ANNOTATION_HEIGHT * line, note)
     axes.set_xlabel(label, parse_math=False)
-    axes.set_ylabel("images")
+    axes.set_ylabel("number of images")
     axes.locator_params(axis="y", integer=True)
 
 
@@ -158,19 +159,19 @@ def marginal(axes: Axes, data: np.ndarray, samples: np.ndarray, label: str) -> N
     edges = np.histogram_bin_edges(np.concatenate([data, shown]), _bins(data).size - 1).tolist()
     axes.hist(data, edges, density=True, color=MUTED, alpha=0.35, label="held-out rows")
     axes.hist(shown, edges, density=True, histtype="step", color=ACCENT, label="samples")
-    axes.set_yticks([])
+    axes.set(yticks=[], ylabel="density per unit")
+    axes.locator_params(axis="x", nbins=4)
     axes.set_xlabel(label, parse_math=False)
 
 
-def pair(axes: Axes, data: np.ndarray, samples: np.ndarray, labels: tuple[str, str]) -> None:
-    """Two columns: held-out ``data`` (n, 2) as crosses over ``samples`` (m, 2) as blue dots."""
-    axes.scatter(samples[:, 0], samples[:, 1], s=8, color=ACCENT, alpha=0.5, linewidths=0)
-    axes.scatter(data[:, 0], data[:, 1], s=14, color=INK, marker="x", linewidths=0.8)
-    low, high = data.min(axis=0), data.max(axis=0)
-    margin = (high - low) / 2
-    xlim, ylim = np.stack([low - margin, high + margin], axis=1)
-    axes.set(xlim=xlim, ylim=ylim)
+def pair(
+    axes: Axes, rows: np.ndarray, limits: np.ndarray, labels: tuple[str, str], colour: str
+) -> None:
+    """Two columns of ``rows`` (n, 2) as dots, between the ``limits`` (2, 2), lower and upper."""
+    axes.scatter(rows[:, 0], rows[:, 1], s=8, color=colour, alpha=0.6, linewidths=0)
+    axes.set(xlim=limits[:, 0], ylim=limits[:, 1])
     axes.grid()
+    axes.locator_params(nbins=5)
     axes.set_xlabel(labels[0], parse_math=False)
     axes.set_ylabel(labels[1], parse_math=False)
 
@@ -216,7 +217,7 @@ def training(axes: Axes, step: np.ndarray, loss: np.ndarray, window: int) -> Non
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y")
     axes.margins(x=0.01)
-    axes.set(xlabel="step", ylabel="loss")
+    axes.set(xlabel="training step", ylabel="loss, nats/dim")
 
 
 def validation(axes: Axes, step: np.ndarray, bound: np.ndarray, half_width: np.ndarray) -> None:
@@ -225,7 +226,7 @@ def validation(axes: Axes, step: np.ndarray, bound: np.ndarray, half_width: np.n
     axes.plot(step, bound, "o-", color=ACCENT, markersize=3, linewidth=1.4)
     axes.grid(axis="y")
     axes.margins(x=0.01)
-    axes.set(xlabel="step", ylabel="bits/dim")
+    axes.set(xlabel="training step", ylabel="bound, bits/dim")
 
 
 def levels(
@@ -237,17 +238,17 @@ def levels(
     """Curves by name, ``(bins,)`` each, that are constant in the bins between ``edges (bins + 1,)``
     of the log-SNR; ``bars`` has the half-widths of the bands around them."""
     for order, (name, curve) in enumerate(curves.items()):
-        colour, line = ((ACCENT, INK)[order], "-") if name in bars else (MUTED, "--")
-        # The first is on top.
+        colour, line = ((ACCENT, SECOND)[order], "-") if name in bars else (MUTED, "--")
+        # The first is on top, and the second is wider, so that both are seen where they agree.
         stairs = partial(axes.stairs, edges=edges[::-1], color=colour, zorder=3 - order / 3)
-        stairs(curve[::-1], linestyle=line, label=name, baseline=None)
+        stairs(curve[::-1], ls=line, lw=1.3 + 2.2 * (order == 1), label=name, baseline=None)
         if name in bars:
             low, high = curve - bars[name], curve + bars[name]
             stairs(high[::-1], baseline=low[::-1], alpha=0.25, fill=True, linewidth=0)
     axes.legend(frameon=False, handlelength=1.2)
     axes.grid(axis="y")
     axes.set_ylim(bottom=0)
-    axes.set(xlabel="log SNR", ylabel="bits/dim per unit of log SNR")
+    axes.set(xlabel="log SNR: noise left, data right", ylabel="bits/dim per unit of log SNR")
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:

@@ -28,7 +28,7 @@ _ALL = f"{_BARS}#no-image-and-no-outlier-is-left-out"
 def with_half_widths(values: Mapping[str, Any], sign: str = "+-") -> dict[str, str]:
     """Each number as text, with the half-width of its interval if ``values`` has it."""
     return {
-        name: f"{float(value):.4g}"
+        name: f"{float(value):z.4g}"
         + (f" {sign}{float(values[half]):.2g}" if half in values else "")
         for name, value in values.items()
         if not name.endswith(HALF_WIDTH)
@@ -263,9 +263,9 @@ class Result:
         if self.tail is not None and self.tail > intervals.HEAVY:
             mark = " HEAVY TAILS"
         return (
-            f"{self.name:24s} {self.bits_per_dim:.4f} bits/dim{mark} at "
+            f"{self.name:24s} {self.bits_per_dim:z.4f} bits/dim{mark} at "
             f"t={notation(self.smallest_time, '.3g')} on {self.data} {self.split}, 95% interval "
-            f"[{low:.4f}, {high:.4f}], for these images "
+            f"[{low:z.4f}, {high:z.4f}], for these images "
             f"+-{self.this_set_ci95:.4f}, n={self.n}{prior}"
         )
 

@@ -12,7 +12,7 @@ If there is an evaluation, the modes ``eval``, ``sample``, ``quality`` and ``dec
 the evaluation is of other images than those of the config, nothing is written.
 """
 
-import re
+import itertools
 import shlex
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,6 @@ from sbml.runtime.files import read_png
 from sbml.runtime.trees import table_crc32, tree_crc32
 from sbml.runtime.workdir import CODEC, EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES, Workdir
 
-KIND = ("estimator", "dequantizer", "num_importance")  # what ``page.label`` names
 NEIGHBOURS_CAPTION = "The first samples, and below each the training image nearest to it."
 
 
@@ -137,12 +136,14 @@ def write(
             caption = f"Samples during the training, at step {last:,}."
             pictures = [(caption, read_png(steps[last]))]
         modes = {"results": "eval", "samples": "sample", "quality": "quality"}
-        missing = {name: mode for name, mode in modes.items() if not content.get(name)}
+        busy = {name: workdir.owner(mode) for name, mode in modes.items()}
+        content["running"] = {modes[name]: owner for name, owner in busy.items() if owner}
+        missing = {n: mode for n, mode in modes.items() if not (content.get(n) or busy[n])}
         if trained_further:
             # Samples are drawn from the newest checkpoint, and the report shows them only beside an
             # evaluation of the same checkpoint.
             before = {"results": "eval", "samples": "eval,sample", "quality": "eval,sample,quality"}
-            missing = {name: before[name] for name in ("results", *missing)}
+            missing = {n: before[n] for n in ("results", *missing) if not busy[n]}
         elif "samples" in missing and "quality" in missing:
             missing["quality"] = "sample,quality"
         command = f"python -m sbml.main --workdir={shlex.quote(str(workdir))} --mode="
@@ -186,13 +187,28 @@ def gap_of(workdir: Workdir, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """The results of held-out images minus those of training images.
 
     The ``rows`` are empty if there is no evaluation of training images by the same checkpoint, from
-    the same smallest time; the ``command`` makes one.
+    the same smallest time; the ``command`` makes one. ``diffusion`` is the difference of this term
+    alone, if the losses at each noise level are known.
     """
-    count = evaluation["results"][0]["n"]
-    flags = f"--mode=eval --config.eval.split=train --config.eval.max_images={count}"
-    # The command of the results without its mode: the other settings must be the same.
-    command = re.sub(r" --?mode[= ]\S+", "", evaluation.get("command", ""))
-    found: dict[str, Any] = {"rows": [], "command": f"{command} {flags}"}
+    # The settings of the evaluation must be the same; those of the model are in the checkpoint.
+    new = {"workdir": str(workdir), "mode": "eval", "config.eval.split": "train"}
+    new["config.eval.max_images"] = str(evaluation["results"][0]["n"])
+    kept = {}
+    for flag, after in itertools.pairwise([*shlex.split(evaluation.get("command", "")), ""]):
+        name, equals, value = flag.lstrip("-").partition("=")
+        if name not in new and name.startswith(("config.eval.", "config.data.", "trust")):
+            kept[name] = value if equals else after
+    flags = [f"--{name}={value}" for name, value in {**new, **kept}.items()]
+    command = shlex.join(["python", "-m", "sbml.main", *flags])
+    found: dict[str, Any] = {"rows": [], "command": command}
+    if (levels := evaluation.get("noise_levels")) is not None:
+        names = ("edges", "split", "train", "split_stderr", "train_stderr")
+        edges, *curves = (np.asarray(levels[name], float) for name in names)
+        width = -np.diff(edges)
+        held_out, train = (float(width @ curve) for curve in curves[:2])
+        half = 1.96 * float(np.linalg.norm(width * np.stack(curves[2:])))
+        found["diffusion"] = {"held_out": held_out, "train": train}
+        found["diffusion"] |= {"gap": held_out - train, "ci95": half}
     folder = Workdir(workdir / "train")
     if not folder.has(EVALUATION):
         return found
@@ -204,7 +220,7 @@ def gap_of(workdir: Workdir, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     for result in map(Result.read, evaluation["results"]):
         if (same := trained.get((result.name, result.smallest_time))) is not None:
             gap = difference(result.population, same.population)
-            row = {name: getattr(result, name) for name in KIND}
+            row = {name: getattr(result, name) for name in page.KIND}
             row |= {"held_out": result.bits_per_dim, "held_out_images": result.n}
             row |= {"train": same.bits_per_dim, "train_images": same.n}
             found["rows"].append({**row, "gap": gap.mean, "interval": list(gap.bounds)})

@@ -23,7 +23,7 @@ def verdict(best: Mapping[str, Any]) -> str:
     """Whether the model beats the ``best`` baseline, in words."""
     (low, high), name = best["difference_interval"], best["name"]
     gap = f"{abs(best['difference']):.3f} nats per row"
-    said = f"95% interval of the difference {low:+.3f} to {high:+.3f}"
+    said = f"95% interval of the difference {low:+z.3f} to {high:+z.3f}"
     if low > 0:
         return f"The model beats the best baseline, {name}, by {gap} ({said})."
     if high < 0:
@@ -40,12 +40,13 @@ def line(result: Mapping[str, Any]) -> str:
     low, high = result["interval"]
     at = f" at t={notation(result['smallest_time'], '.3g')}" if "smallest_time" in result else ""
     prior = PriorError(*result["prior_error"]).line("nats") if "prior_error" in result else ""
-    text = f"{result['name']}: log p {result['log_p']:.4f} nats per row{at} [{low:.4f}, {high:.4f}]"
+    text = (
+        f"{result['name']}: log p {result['log_p']:z.4f} nats per row{at} [{low:z.4f}, {high:z.4f}]"
+    )
     if "difference" in result:
         low, high = result["difference_interval"]
-        text += (
-            f", model minus {result['name']} {result['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
-        )
+        text += f", model minus {result['name']} {result['difference']:+z.4f}"
+        text += f" [{low:+z.4f}, {high:+z.4f}]"
     return f"{text}, {result['chosen']}{prior}"
 
 
@@ -77,18 +78,21 @@ def render(
         )
         for i, name in enumerate(names[:MARGINALS])
     ]
-    pairs = [
-        page.figure(
-            f"{names[i]} and {names[j]}",
-            partial(
-                plots.pair,
-                data=values[:, [i, j]],
-                samples=samples[: 2 * len(values)][:, [i, j]],
-                labels=(names[i], names[j]),
-            ),
-        )
-        for i, j in _dependent(values)
-    ]
+    # As many samples as rows, so that both look equally dense, in the range of the rows.
+    ends = np.stack([values.min(axis=0), values.max(axis=0)])
+    limits = ends + 0.04 * np.ptp(ends, axis=0) * np.array([[-1], [1]])
+    shown_rows = (
+        ("held-out rows", values, plots.INK),
+        ("samples", samples[: len(values)], plots.ACCENT),
+    )
+    pairs = []
+    for (i, j), (what, rows, colour) in itertools.product(_dependent(values), shown_rows):
+        each, own = rows[:, [i, j]], limits[:, [i, j]]
+        drawn = {"rows": each, "limits": own, "labels": (names[i], names[j]), "colour": colour}
+        outside = int(np.any((each < own[0]) | (each > own[1]), axis=1).sum())
+        said = f"{len(rows):,} {what}" + (f", {outside:,} of them outside" if outside else "")
+        title = f"{names[i]} and {names[j]}, {what}"
+        pairs.append(page.figure(title, partial(plots.pair, **drawn), f"{said}."))
     return (
         page.environment()
         .get_template("table.html")
@@ -127,4 +131,4 @@ def _validation(axes: Axes, curve: Sequence[Mapping[str, Any]]) -> None:
     steps, scores = ([float(point[k]) for point in curve] for k in ("step", "log_p_z"))
     axes.plot(steps, scores, "o-", color=plots.ACCENT, markersize=3, linewidth=1.2)
     axes.grid(axis="y")
-    axes.set(xlabel="step", ylabel="log p, whitened, nats per row")
+    axes.set(xlabel="training step", ylabel="log p, whitened, nats per row")

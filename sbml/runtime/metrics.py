@@ -179,7 +179,7 @@ class Log:
         """Write the means of the steps since the last row, of which ``step`` is the last one."""
         now = time.perf_counter()
         (loss, norm), count = map(float, np.mean(self._steps, axis=0)), len(self._steps)
-        self.text = f"loss {loss:.4f}, the mean of {count} steps"
+        self.text = f"loss {loss:z.4f}, the mean of {count} steps"
         if self._writer:
             seconds, rate = now - self._since, count * self._images_per_step / (now - self._since)
             values = {"loss": loss, "grad_norm": norm, "images_per_s": rate}
@@ -196,7 +196,7 @@ class Log:
     def validation(self, step: int, found: dict[str, float]) -> None:
         """Add the numbers of a validation to the last row, if it is that of ``step``."""
         if self.text:
-            self.text += f", validation {found['validation_bits_per_dim']:.4f} bits/dim"
+            self.text += f", validation {found['validation_bits_per_dim']:z.4f} bits/dim"
         if self._writer:
             self._writer.amend(step, found)
 

@@ -132,7 +132,7 @@ def leads_somewhere(link: str, folder: Path) -> bool:
 def test_what_github_renders_has_no_role_and_no_dead_link(name: str) -> None:
     text = (ROOT / name).read_text()
     assert not re.findall(r"\{[\w:]+\}`|^```\{\w+\}|\]\(repo:", text, re.MULTILINE)
-    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src(?:set)?="([^"]+)"', text)
     own = [link for link in links if link.startswith(SITE) or "://" not in link]
     dead = [link for link in own if not leads_somewhere(link, (ROOT / name).parent)]
     assert own or name != "README.md"

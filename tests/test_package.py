@@ -113,5 +113,6 @@ def test_the_version_has_one_place() -> None:
     citation = (runs.ROOT / "CITATION.cff").read_text()
     year = re.search(r"^date-released: (\d{4})-\d\d-\d\d$", citation, re.M)
     assert year and f"\nversion: {sbml.__version__}\n" in citation
-    bibtex = (runs.ROOT / "docs/index.md").read_text()
-    assert f"version = {{{sbml.__version__}}},\n  year = {{{year[1]}}}" in bibtex
+    for page in ("README.md", "docs/index.md"):
+        bibtex = (runs.ROOT / page).read_text()
+        assert f"version = {{{sbml.__version__}}},\n  year = {{{year[1]}}}" in bibtex, page

@@ -8,7 +8,7 @@ from setuptools.command.sdist import sdist
 
 # What a source archive has beside the packages, so that a packager can run the tests and build the
 # documentation from it.
-FILES = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "ruff.toml")
+FILES = (".zenodo.json", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "ruff.toml")
 FOLDERS = ("benchmarks", "configs", "docs", "experiments", "tests")
 GENERATED = {"__pycache__", "_build", "reference"}
 

@@ -17,7 +17,10 @@ FOLDERS = ("", "guides", "explanations", "benchmarks", "api")
 PAGES = [page for folder in FOLDERS for page in (ROOT / "docs" / folder).glob("*.md")]
 DOCS = ("README.md", *sorted(p.relative_to(ROOT).as_posix() for p in PAGES))
 # The pages that are read on GitHub. The pages of docs/ are read on the site.
-SHOWN = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
+SHOWN = (
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"),
+    *(path.relative_to(ROOT).as_posix() for path in ROOT.glob(".github/*.md")),
+)
 SITE = "https://sbml-jax.github.io/sbml/latest/"
 
 
@@ -133,7 +136,7 @@ def leads_somewhere(link: str, folder: Path) -> bool:
 def test_what_github_renders_has_no_role_and_no_dead_link(name: str) -> None:
     text = (ROOT / name).read_text()
     assert not re.findall(r"\{[\w:]+\}`|^```\{\w+\}|\]\(repo:", text, re.MULTILINE)
-    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src(?:set)?="([^"]+)"', text)
     own = [link for link in links if link.startswith(SITE) or "://" not in link]
     dead = [link for link in own if not leads_somewhere(link, (ROOT / name).parent)]
     assert own or name != "README.md"

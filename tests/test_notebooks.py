@@ -2,6 +2,8 @@
 
 import os
 import re
+import textwrap
+import types
 from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,26 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         o for c in done.cells for o in c.get("outputs", []) if "Traceback" in o.get("text", "")
     ]
     assert not shell, shell
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_colab_keeps_jax_and_its_plugin_at_one_version(path: Path) -> None:
+    """The requirement names the extra of the plug-in that is installed: jax pins it there."""
+    setup = ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    cell = nbformat.read(path, as_version=4).cells[1].source
+    code = textwrap.dedent(re.search(r"^    plugins = .*?(?=^ +%pip)", cell, re.M | re.S)[0])
+    assert '%pip install -q -e "{target}"' in cell
+    for plugin, target in {
+        **{"jax-cuda12-plugin": ".[cuda12]", "jax-cuda13-plugin": ".[cuda13]"},
+        **{"libtpu": ".[tpu]", "numpy": "."},
+    }.items():
+        found = [types.SimpleNamespace(name=name) for name in ("jax", plugin)]
+        names: dict[str, Any] = {"distributions": lambda found=found: found}
+        exec(code, names)
+        assert names["target"] == target
+        for extra in names["extras"]:
+            assert setup["options.extras_require"][extra] == f"jax[{extra}]"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

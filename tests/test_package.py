@@ -2,6 +2,7 @@
 
 import configparser
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -104,7 +105,7 @@ def test_the_command_runs_in_any_folder(tmp_path: pathlib.Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_version_has_one_place() -> None:
+def test_the_version_and_the_citation_have_one_place() -> None:
     setup = configparser.ConfigParser()
     setup.read(runs.ROOT / "setup.cfg")
     assert setup["metadata"]["version"] == "attr: sbml.__version__"
@@ -113,5 +114,10 @@ def test_the_version_has_one_place() -> None:
     citation = (runs.ROOT / "CITATION.cff").read_text()
     year = re.search(r"^date-released: (\d{4})-\d\d-\d\d$", citation, re.M)
     assert year and f"\nversion: {sbml.__version__}\n" in citation
-    bibtex = (runs.ROOT / "docs/index.md").read_text()
-    assert f"version = {{{sbml.__version__}}},\n  year = {{{year[1]}}}" in bibtex
+    for page in ("README.md", "docs/index.md"):
+        bibtex = (runs.ROOT / page).read_text()
+        assert f"version = {{{sbml.__version__}}},\n  year = {{{year[1]}}}" in bibtex, page
+    zenodo = json.loads((runs.ROOT / ".zenodo.json").read_text())
+    names = [creator["name"] for creator in zenodo["creators"]]
+    for value in (*names, *zenodo["keywords"], zenodo["title"], zenodo["license"]):
+        assert value in citation

@@ -34,7 +34,7 @@ def test_rows_of_other_versions_are_reported(tmp_path, monkeypatch, caplog):
     """Another number of devices is not reported, because no result depends on it."""
     parts = Parts(tmp_path, {"step": 1})
     present = versions.versions()
-    devices = f"8 x {present['devices'].split(' x ')[1]}"
+    devices = f"7 x {present['devices'].split(' x ')[1]}"
     parts.write(rows(0, np.arange(2)))
     for old in ({**present, "devices": devices}, {**present, "jax": "0.1", "numpy": "1.0"}):
         monkeypatch.setattr(versions, "versions", lambda old=old: old)

@@ -112,18 +112,18 @@ def test_samples_that_are_not_finite_are_counted(
 ) -> None:
     """Without the count they would look like ordinary white images."""
     config = tiny.get_config()
-    config.sampling.num_images = 2
+    count = config.sampling.num_images = 2 * jax.device_count()
     config.sampling.sampler.update(name="ancestral", steps=3)
     experiment = build.Experiment(config)
     restored = experiment.restore(trained)
     params = restored.state.ema_params
-    drawn = samples.draw(experiment, params, np.arange(2))
+    drawn = samples.draw(experiment, params, np.arange(count))
     assert not drawn.failed.any()
     broken = restored._replace(
         state=restored.state.replace(ema_params=jax.tree.map(lambda a: a * np.nan, params))
     )
     drawn = samples.stored(of(experiment, trained / "broken", broken), Preemption())
-    assert drawn.failed.all() and "2 of 2 samples are not finite" in caplog.text
+    assert drawn.failed.all() and f"{count} of {count} samples are not finite" in caplog.text
 
 
 @pytest.mark.slow

@@ -54,7 +54,8 @@ def test_average_is_exponential_and_warmup_starts_at_zero(plain_step):
                  state.ema_params)  # fmt: skip
 
 
-def test_a_batch_that_does_not_divide_names_each_factor(tmp_path):
+def test_a_batch_that_does_not_divide_names_each_factor(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     config = tiny.get_config()
     config.training.update(batch_size=30, accumulate=4)
     message = (

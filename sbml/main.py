@@ -101,7 +101,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     except ArgumentError as error:
         said, name = f"{error.argument_name}: {error.message}", str(error.argument_name)
         if "expected" in error.message:
-            said += f": give {name}=VALUE{near(name.removeprefix('--'))}"
+            said += f": {near(name.removeprefix('--'), f'give {name}=VALUE')}"
         sys.exit(f"UsageError: {refusals.readable(said)}")
     except (ValueError, flags.Error) as error:
         sys.exit(f"UsageError: {refusals.readable(str(error))}")
@@ -114,10 +114,11 @@ def flags_of_modes() -> dict[str, set[str]]:
     return {mode: parameters_of(MODES[mode]) - GIVEN for mode in MODES}
 
 
-def near(name: str) -> str:
-    """The end of a message about an unknown flag ``name``: the flag that is most like it."""
+def near(name: str, remedy: str) -> str:
+    """The end of a message about a flag ``name``: the one that is most like an unknown one, and the
+    ``remedy``."""
     known = {*KINDS, "help", "traceback"}.union(*flags_of_modes().values())
-    return "" if name in known else hint(f"--{name}", [f"--{flag}" for flag in known])
+    return remedy if name in known else hint(name, known, remedy, "--")
 
 
 def check_flags(chosen: Mapping[str, Mode], options: Namespace) -> None:
@@ -130,7 +131,7 @@ def check_flags(chosen: Mapping[str, Mode], options: Namespace) -> None:
                 raise app.UsageError(
                     f"--{name} is for --mode={' or '.join(owners)}, not for {names}"
                 )
-            raise app.UsageError(f"unknown flag --{name}{near(name)}")
+            raise app.UsageError(f"unknown flag --{name}: {near(name, 'see --help')}")
     for mode, function in chosen.items():
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.default is parameter.empty and name not in {*GIVEN, *options.own}:

@@ -73,7 +73,10 @@ def test_text_of_the_command_line_is_read_by_the_type_of_the_field() -> None:
             "optim.learning_rate",
             "config.optim has no field learning_rate: it has beta1, beta2, ema",
         ),
-        ("optimizer.lr", "config has no field optimizer: it has codec, data, dequantizer"),
+        (
+            "optimizer.lr",
+            r"no field optimizer: did you mean optim\? It has codec, data",
+        ),
         ("optim.lr.x", "config.optim.lr has no field x: it is a value"),
         ("optim", "config.optim is a section: set its fields, as in --config.optim."),
     ):
@@ -140,8 +143,8 @@ def test_the_fields_of_a_section_are_listed_for_help(capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as ended:
         main.parse(["main", "--help=optimizer"])
     said = str(ended.value.code)
-    assert said.startswith("UsageError: --help=optimizer: choose from config, data, sde")
-    assert said.endswith("; did you mean optim?")
+    assert said.startswith("UsageError: --help=optimizer: there is no such section; did you mean ")
+    assert "did you mean optim? Choose from optim, dequantizer, " in said
 
 
 def test_help_shows_the_text_of_a_class_and_its_ranges(capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,12 +237,18 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         (("--config=configs",), "--config=configs is a folder: give a file such as"),
         (("--config=", "--mode=train"), "--config= names no config: give one"),
         (("--config=nowhere.py",), "--config=nowhere.py is no file: give a file such as"),
-        (("--config=digits_pv",), "or give the path of a file; did you mean digits_vp?"),
-        (("--config=configs/digits_pv.py",), "; did you mean configs/digits_vp.py?"),
-        ((CONFIG, "--mode=eval", "--workdri=a"), "unknown flag --workdri; did you mean --workdir?"),
-        ((CONFIG, "--tracebak"), "give --tracebak=VALUE; did you mean --traceback?"),
+        (
+            ("--config=digits_pv",),
+            "has this name; did you mean digits_vp? Choose from digits_",
+        ),
+        (("--config=configs/digits_pv.py",), "is no file: did you mean configs/digits_vp.py? Give"),
+        ((CONFIG, "--mode=eval", "--workdri=a"), "flag --workdri: did you mean --workdir? See"),
+        ((CONFIG, "--tracebak"), "did you mean --traceback? Give --tracebak=VALUE"),
+        ((CONFIG, "--config.sde.name=VPP"), "sde.name=VPP: did you mean vp? Need one of beta_"),
+        ((CONFIG, "--config.eval.estimators=od"), "did you mean ode? Need one or more of bound"),
+        ((CONFIG, "--config.data.source=digts"), "'digts': did you mean digits? Choose one of"),
         (("--mode=train",), "UsageError: --mode=train needs --config=configs/<name>.py"),
-        (("--mode=evl",), "unknown mode 'evl': choose one of audit, compare"),
+        (("--mode=evl",), "unknown mode 'evl': did you mean eval? Choose one of audit, "),
         ((CONFIG, "--mode=train", "--config.data=1"), "config.data is a section: set its fields"),
         (
             (CONFIG, "--mode="),
@@ -247,7 +256,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         ),
         (
             (CONFIG, "--mode=trian"),
-            "ValueError: unknown mode 'trian': choose one of audit, compare, compress",
+            "ValueError: unknown mode 'trian': did you mean train? Choose one of audit, compare",
         ),
         ((CONFIG, "--config.mode=5"), "ValueError: unknown mode '5': choose one of audit"),
         (("--config=paper:",), "ValueError: paper:: no such model; give cifar10"),
@@ -313,7 +322,7 @@ def test_flags_that_name_nothing_or_would_be_ignored_are_refused(
         ),
         (
             "c = default('mlp')\n    c.sampling.num_image = 3\n    return c",
-            "config.sampling has no field num_image: it has batch_size, corrector, denoise_last, ",
+            "config.sampling has no field num_image: did you mean sampling.num_images? It has ",
         ),
         ("return {'mode': 'train'}", "get_config() returned dict; return a ConfigDict"),
         (
@@ -370,9 +379,17 @@ def test_the_error_for_a_misspelt_field_lists_those_of_the_section_and_of_its_cl
     refusal: Callable[..., str], field: str, of_section: str, of_class: str
 ) -> None:
     said = refusal(CONFIG, f"--config.{field}=1")
-    listed = said.partition("it has ")[2].partition("; ")[0].split(", ")
+    section = field.partition(".")[0]
+    listed = said.partition(f": did you mean {section}.{of_section}? It has ")[2].split(", ")
     assert {of_section, of_class} - {""} <= set(listed)
-    assert said.endswith(f"did you mean {of_section}?")
+
+
+def test_of_a_long_list_the_most_similar_names_are_shown(refusal: Callable[..., str]) -> None:
+    assert refusal(CONFIG, "--config.training.batchsize=1") == (
+        "ValueError: config.training has no field batchsize: did you mean training.batch_size? It "
+        "has accumulate, batch_size, shard_state, steps_per_dispatch, times, validation_images "
+        "(all 22: --help=training)"
+    )
 
 
 def test_a_work_directory_that_is_too_deep_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from sbml import door
 from sbml.experiment.config import Config
 from sbml.experiment.fields import Chosen, Section, needs
-from sbml.registry import hint
+from sbml.registry import hint, listed
 from sbml.scalars import Number, notation
 
 
@@ -88,7 +88,8 @@ def text(name: str) -> str:
     """
     known = dict(sections())
     if name not in known:
-        raise ValueError(f"--help={name}: choose from {', '.join(known)}{hint(name, known)}")
+        remedy = f"choose from {listed(name, known)}"
+        raise ValueError(f"--help={name}: there is no such section; {hint(name, known, remedy)}")
     lines = []
     for section_name, section in known.items():
         if name != "config" and not f"{section_name}.".startswith(f"{name}."):

@@ -126,9 +126,7 @@ class Registry(Mapping[str, Any]):
             )
         part = getattr(module, attribute)
         if not door.fits(part, self.form):
-            raise ValueError(
-                f"{self.kind} {name} is {door.shown(part)}: give {door.needs(self.form)}"
-            )
+            raise ValueError(f"{self.kind} {name} {door.wrong(part, self.form)}")
         return part
 
     def __contains__(self, name: object) -> bool:

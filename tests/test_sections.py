@@ -250,7 +250,11 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
             "3.141592653589793 (float): give a class derived from flax.linen",
         ),
         ("dequantizer.name", "math:pi", "give a class derived from sbml.dequantizers.base.Dequan"),
-        ("data.source", "builtins:int", "<class 'int'> (type): give a class derived from sbml.da"),
+        (
+            "data.source",
+            "builtins:int",
+            "is the class builtins.int: give a class derived from sbml.",
+        ),
         (
             "sampling.sampler.name",
             "math:pi",

@@ -140,7 +140,7 @@ def test_fields_are_the_keys_of_a_config() -> None:
         ("class_embed_type", "timestep", "class_embed_type is 'timestep': give .* null"),
         ("cross_attention_dim", 64, "cross_attention_dim is 64, but the known keys are block_out_"),
         ("remat", True, "remat is True, but the known keys are"),
-        ("act_fn", "tanh", "act_fn is 'tanh' .*'silu', 'swish', 'mish', 'gelu', 'relu'"),
+        ("act_fn", "tanh", "act_fn is 'tanh':.* 'silu', 'swish', 'mish', 'gelu', 'relu'"),
         ("act_fn", None, "act_fn is None"),
         (
             "up_block_types",
@@ -150,10 +150,10 @@ def test_fields_are_the_keys_of_a_config() -> None:
         ("down_block_types", [], r"down_block_types is \(\) .* 'AttnSkipDownBlock2D'"),
         ("time_embedding_type", "learned", "'learned' .*'positional', 'fourier'"),
         ("resnet_time_scale_shift", "spatial", "'spatial' .*'default', 'scale_shift'"),
-        ("downsample_type", "fir", "downsample_type is 'fir' .*'conv', 'resnet'"),
+        ("downsample_type", "fir", "downsample_type is 'fir':.* 'conv', 'resnet'"),
         ("mid_block_type", "MidBlock", "'MidBlock' .*'UNetMidBlock2D', 'none'"),
-        ("downsample_padding", 2, r"downsample_padding is 2 .*in \[0, 1\]"),
-        ("block_out_channels", [3, 16], r"block_out_channels is \(3, 16\) .*first at least 4"),
+        ("downsample_padding", 2, r"downsample_padding is 2:.* in \[0, 1\]"),
+        ("block_out_channels", [3, 16], r"block_out_channels is \(3, 16\):.* first at least 4"),
         (
             "block_out_channels",
             [8],

@@ -15,7 +15,7 @@ from sbml import door
 from sbml.experiment.config import Config
 from sbml.experiment.fields import Chosen, Section, needs
 from sbml.registry import hint, listed
-from sbml.scalars import Number, notation
+from sbml.scalars import notation
 
 
 class Row(NamedTuple):
@@ -46,8 +46,7 @@ def rows(section: Section) -> list[Row]:
             wanted = needs(known[name].annotation, known[name].metadata)
         else:
             own = typing.get_type_hints(_origin(section), include_extras=True)[name]
-            wanted = door.needs(own).replace(door.needs(Number), "a number")
-            wanted = wanted.replace("a number, ", "a number ")
+            wanted = door.needs(own)
             meaning = f"field of {_choice(section) or 'its class'}"
         wanted = "True or False" if wanted == "bool" else wanted
         found.append(Row(section.name_of(name), notation(value), wanted, meaning))

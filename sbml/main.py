@@ -206,6 +206,8 @@ def main(options: Namespace) -> None:
             raise
         logging.warning("interrupted")
         raise SystemExit(128 + signal.SIGINT) from None
+    except SystemExit as error:
+        raise SystemExit(refusals.exit_line(error) or error.code) from error
     except peers.LostProcessError as error:
         peers.leave(traceback.format_exc() if options.traceback else f"{refusals.line(error)}")
     except Exception as error:

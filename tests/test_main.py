@@ -259,6 +259,12 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
             "ValueError: unknown mode 'trian': did you mean train? Choose one of audit, compare",
         ),
         ((CONFIG, "--config.mode=5"), "ValueError: unknown mode '5': choose one of audit"),
+        (("--mode=builtins:dict",), "builtins.dict: give a function whose parameters all have na"),
+        (("--mode=builtins:print",), "give a function whose parameters all have names"),
+        (
+            (CONFIG, "--config.data.source=image_folder", "--config.data.shape=60000,60000,3"),
+            "data.shape=60000,60000,3: need at most 2^26 numbers in one image, which is more than",
+        ),
         (("--config=paper:",), "ValueError: paper:: no such model; give cifar10"),
         ((CONFIG, "--workdir="), "UsageError: --workdir= names no folder: give one, or leave"),
         (
@@ -382,6 +388,23 @@ def test_the_error_for_a_misspelt_field_lists_those_of_the_section_and_of_its_cl
     section = field.partition(".")[0]
     listed = said.partition(f": did you mean {section}.{of_section}? It has ")[2].split(", ")
     assert {of_section, of_class} - {""} <= set(listed)
+
+
+@pytest.mark.parametrize("code", ["sys.exit(3)", "def run(source=''):\n    sys.exit(3)"])
+def test_a_plug_in_that_ends_the_program_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    """It ends it when it is imported, or when it runs."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "quitting", raising=False)
+    (tmp_path / "quitting.py").write_text(f"import sys\n{code}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main.main(main.parse(["main", "--mode=quitting:run"]))
+    assert str(ended.value.code) == (
+        "SystemExit: quitting ended the program with sys.exit(3) (quitting.py, line "
+        f"{1 + len(code.splitlines())}): let it raise a ValueError that says why"
+    )
 
 
 def test_of_a_long_list_the_most_similar_names_are_shown(refusal: Callable[..., str]) -> None:

@@ -1,5 +1,6 @@
 """``config.data``: the images of a run, and how they become numbers in [-1, 1]."""
 
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
 from sbml import data
@@ -7,6 +8,7 @@ from sbml.data import CROPS, ImageSet, Options
 from sbml.experiment.fields import Chosen, PositiveSize, Seed, among, field, refusal, section_errors
 
 DEQUANTIZATIONS = ("uniform", "centre", "none")
+MOST_NUMBERS = 2**26  # of one image; a network for larger ones fits no device
 # The fields that only some sources read, with their names in ``Options``.
 OWN = {
     **{field: field for field in ("manual_dir", "path", "crop", "test_fraction")},
@@ -67,9 +69,12 @@ class Data(Chosen):
             return data.source_of(name)[0]
 
     def check(self) -> None:
-        """Check that a folder's images are square with 256 levels, and that ``validation`` is a
-        fraction or a whole number."""
+        """Check that an image is not huge, that a folder's images are square with 256 levels, and
+        that ``validation`` is a fraction or a whole number."""
         height, width, channels = self.shape
+        if math.prod(self.shape) > MOST_NUMBERS:
+            needs = "at most 2^26 numbers in one image, which is more than 4096,4096,3"
+            raise refusal(self.name_of("shape"), self.shape, needs)
         if self.source == "image_folder" and (height != width or self.levels != 256):
             raise ValueError(
                 f"data.shape={height},{width},{channels} with data.levels={self.levels}: images of "

@@ -7,6 +7,7 @@ program, so its traceback is shown.
 
 import os
 import re
+import sys
 import traceback
 from pathlib import Path
 
@@ -34,6 +35,22 @@ def line(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.strerror:  # Words, without the number of the error.
         text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
     return f"{type(error).__name__}: {readable(text)}"
+
+
+def exit_line(error: SystemExit) -> str | None:
+    """The line that names code of another package that ended the program; None if this one did."""
+    places = [
+        (frame.f_globals.get("__name__", ""), frame.f_code.co_filename, number)
+        for frame, number in traceback.walk_tb(error.__traceback__)
+    ]
+    outside = [p for p in places if p[0].partition(".")[0] not in sys.stdlib_module_names]
+    module, file, number = outside[-1]
+    if PACKAGE in Path(file).parents:
+        return None
+    return readable(
+        f"SystemExit: {module} ended the program with sys.exit({error.code!r}) ({file}, line "
+        f"{number}): let it raise a ValueError that says why"
+    )
 
 
 def readable(text: str) -> str:

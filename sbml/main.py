@@ -1,22 +1,31 @@
-"""sbml --config=digits_vp [--mode=train,eval,sample] [--workdir=DIR] [--config.FIELD=VALUE ...]
+"""sbml --config=digits_vp [--mode=train,eval,sample] [--workdir=DIR]
+     [--config.FIELD=VALUE ...]
 
-Also as python -m sbml.main. The modes read flags of their own, such as --source=DIR.
+Also as python -m sbml.main. The modes read flags of their own, such as
+--source=DIR.
 
 What one needs first:
-  --config=NAME              A config: the name of a file in configs/, or the path of any config
-                             file. It is not needed with the --workdir of a run that has a
-                             checkpoint, which holds the config.
-  --mode=MODE,...            Modes to run, in this order; default: the field mode of the config.
-  --workdir=DIR              Folder of the results; default: runs/<name of the config>.
-  --trust=NAME,...           Parts of other packages, package.module:Name, or whole packages, whose
-                             code may run although only a file of --workdir names them.
-  --source=PATH              What the modes convert, compress and decompress read.
-  --config.FIELD=VALUE       A field of the config, such as --config.eval.ode.rtol=1e-5.
+  --config=NAME              A config: the name of a file in configs/, or the
+                             path of any config file. It is not needed with the
+                             --workdir of a run that has a checkpoint, which
+                             holds the config.
+  --mode=MODE,...            Modes to run, in this order; default: the field
+                             mode of the config.
+  --workdir=DIR              Folder of the results; default: runs/<name of the
+                             config>.
+  --trust=NAME,...           Parts of other packages, package.module:Name, or
+                             whole packages, whose code may run although only a
+                             file of --workdir names them.
+  --source=PATH              What the modes convert, compress and decompress
+                             read.
+  --config.FIELD=VALUE       A field of the config, such as
+                             --config.eval.ode.rtol=1e-5.
 
 Several processes, and errors:
   --coordinator=HOST:PORT    HOST:PORT of process 0, or auto (TPU pods, Slurm).
   --num_processes=N          Number of processes, unless --coordinator=auto.
-  --process_id=I             Number of this process from 0, unless --coordinator=auto.
+  --process_id=I             Number of this process from 0, unless
+                             --coordinator=auto.
   --traceback                Show the traceback of an error.
   --verbosity=0              Show also notes, not only warnings and errors.
 """
@@ -48,7 +57,7 @@ from sbml.experiment.training import Training
 from sbml.modes import GIVEN, MODES, OF_CONFIG, Mode, parameters_of
 from sbml.modes import overview as modes_in_words
 from sbml.registry import hint
-from sbml.runtime import cpu, peers, refusals
+from sbml.runtime import cpu, peers, refusals, terminal
 from sbml.runtime.workdir import Workdir
 from sbml.scalars import notation
 
@@ -96,7 +105,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
         if rest:
             raise ValueError(f"unknown: {rest[0]}; set fields as --config.field=value")
         if options.help is not None:
-            print(reference.text(options.help) if options.help else usage())
+            terminal.show(reference.text(options.help) if options.help else usage())
             sys.exit(0)
     except ArgumentError as error:
         said, name = f"{error.argument_name}: {error.message}", str(error.argument_name)
@@ -265,9 +274,10 @@ def quiet() -> None:
 
     class Form(stdlib_logging.Formatter):
         def format(self, record: stdlib_logging.LogRecord) -> str:
-            return refusals.relative(super().format(record))
+            text = refusals.relative(super().format(record))
+            return clear + terminal.fitted(text, sys.stderr)
 
-    logging.get_absl_handler().setFormatter(Form(f"{clear}%(levelname)s: %(message)s"))
+    logging.get_absl_handler().setFormatter(Form("%(levelname)s: %(message)s"))
     stdlib_logging.getLogger("matplotlib.font_manager").addFilter(
         lambda record: "building the font cache" not in record.getMessage()
     )
@@ -276,7 +286,13 @@ def quiet() -> None:
 def run() -> None:
     """The command ``sbml``."""
     quiet()
-    app.run(main, flags_parser=parse)
+    sys.stdout = terminal.Fitted(sys.stdout)
+    try:
+        app.run(main, flags_parser=parse)
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            error.code = terminal.fitted(error.code, sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

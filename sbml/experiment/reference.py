@@ -6,7 +6,6 @@ documentation.
 
 import inspect
 import re
-import textwrap
 import typing
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from sbml import door
 from sbml.experiment.config import Config
 from sbml.experiment.fields import Chosen, Section, needs
 from sbml.registry import hint, listed
+from sbml.runtime import terminal
 from sbml.scalars import notation
 
 
@@ -74,9 +74,30 @@ def overview() -> list[str]:
 
 def entry(head: str, meaning: str) -> str:
     """A flag and its meaning in two columns, for a terminal."""
-    lines = textwrap.wrap(meaning.replace("``", ""), 71)
-    first = f"  {head:26} " if len(head) <= 26 else f"  {head}\n{'':29}"
-    return first + f"\n{'':29}".join(lines)
+    body = terminal.wrapped(f"{'':29}{plain(meaning)}", hang=0)
+    return f"  {head:26} {body[29:]}" if len(head) <= 26 else f"  {head}\n{body}"
+
+
+def plain(text: str) -> str:
+    """A docstring without its markup: the words of ``x`` and :func:`x`."""
+    return re.sub(r"(?::[\w:]+:)?(`+)~?(.+?)\1", r"\2", text)
+
+
+def filled(text: str, indent: int) -> str:
+    """A docstring with an indentation, for a terminal. Lines of prose, and the lines of one item of
+    a list, are filled; formulas and tables keep their lines."""
+    blocks: list[str] = []
+    for line in plain(text).split("\n"):
+        last = blocks[-1] if blocks else ""
+        depth, above = (len(each) - len(each.lstrip()) for each in (line, last))
+        table = "  " in last.strip() or "  " in line.strip()
+        apart = table or not line or not last or last.endswith(":")
+        if not apart and (depth > above or depth == above == 0):
+            blocks[-1] += f" {line.strip()}"
+        else:
+            blocks.append(line)
+    lines = (terminal.wrapped(" " * indent + b, hang=2 * b.startswith(" ")) for b in blocks)
+    return "\n".join(line if line.strip() else "" for line in lines)
 
 
 def text(name: str) -> str:
@@ -93,19 +114,16 @@ def text(name: str) -> str:
     for section_name, section in known.items():
         if name != "config" and not f"{section_name}.".startswith(f"{name}."):
             continue
-        about = f"{section_name}: {_first_sentence(section)}".replace("``", "")
-        lines.append(f"\n{textwrap.fill(about, 92)}\n")
+        about = plain(f"{section_name}: {_first_sentence(section)}")
+        lines.append(f"\n{terminal.wrapped(about, hang=0)}\n")
         for row in rows(section):
             lines.append(f"  --config.{row.name}={row.default}")
             wanted = f"{row.meaning} ({row.needs})" if row.needs else row.meaning
-            lines += textwrap.wrap(
-                wanted.replace("``", ""), 92, initial_indent=" " * 6, subsequent_indent=" " * 6
-            )
+            lines.append(terminal.wrapped(f"{'':6}{plain(wanted)}", hang=0))
         origin = _origin(section)
         if origin is not None:
-            about = (inspect.getdoc(origin) or "").replace("``", "")
             lines.append(f"\n  {_choice(section) or origin.__name__}:\n")
-            lines.append(textwrap.indent(about, "      "))
+            lines.append(filled(inspect.getdoc(origin) or "", 6))
     return "\n".join(lines)
 
 

@@ -194,8 +194,7 @@ def test_a_line_in_a_terminal_is_wrapped_between_words(monkeypatch: pytest.Monke
     assert screen.getvalue().splitlines() == [
         line,
         "ValueError: config.optim has no field",
-        "  learning_rate: set",
-        "  --config.optim.lr",
+        "  learning_rate: set --config.optim.lr",
         "  " + "y" * 50,
     ]
 

@@ -188,9 +188,10 @@ def steps_rows(name: str) -> Iterator[Row]:
 
 
 def draws_rows(name: str) -> Iterator[Row]:
-    """Random probes, and the error bar of their noise; times of a bound, and theirs.
+    """The rows about random draws: log p with one random probe, a bound with random times, and for
+    each of the two the error bar that says how large the noise of its draws is.
 
-    A bound is computed for copies of one example, so that each copy has the same expectation."""
+    The bound is computed for copies of one example, so that each copy has the same expectation."""
     data, n = oracle.mixture(FAR, 3), 4096
     x = data.sample(0, n)
     of = replace(density(data, FAR, 3), trace=Trace("rademacher", 1), subset=n)

@@ -123,8 +123,11 @@ def json_line(value: Mapping[str, object]) -> str:
 
 
 def without_crc32(text: str | bytes) -> Json:
-    """The object that :func:`with_crc32` received, from its JSON text; a ValueError if it has no
-    checksum or another one."""
+    """The object that was given to :func:`with_crc32`, read from the JSON ``text``.
+
+    Raises:
+      ValueError: the text has no checksum, or its checksum is not that of the object.
+    """
     value = json.loads(text)
     if not isinstance(value, dict) or CRC32 not in value:
         raise ValueError(f"it has no {CRC32}")

@@ -369,12 +369,11 @@ class Density:
     def logp(
         self, x: Any, condition: Any = None, *, check: bool = True, progress: bool | str = False
     ) -> Estimate:
-        """The log-likelihoods log p_eps(x) of the examples ``x (n, *shape)``, in nats, by the
-        probability-flow ODE. eps is the smallest time.
+        """log p_eps(x) in nats of each of ``x (n, *shape)``, by the probability-flow ODE.
 
-        Each is the sum of the terms ``prior``, ``divergence`` and ``correction``, which
-        ``likelihood.Likelihood`` explains. With a change of variables there is also the term
-        ``transform``. The prior N(0, sde.prior_std^2 I) stands for p_T.
+        It is the sum of the terms ``prior``, ``divergence`` and ``correction``, see
+        ``likelihood.Likelihood``, and of ``transform`` for a change of variables. The prior
+        N(0, sde.prior_std^2 I) stands for p_T.
 
         Args:
           x: continuous data.

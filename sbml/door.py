@@ -45,8 +45,6 @@ _KINDS = {
     "Shaped": "an array",
     "Key": "typed keys (of jax.random.key, or of jax.random.wrap_key_data for older ones)",
 }
-
-
 _NAMES: dict[Any, str] = {
     int: "an integer",
     float: "a number",
@@ -57,17 +55,14 @@ _NAMES: dict[Any, str] = {
 _REAL: Any = Real[np.ndarray | jax.Array | np.number, "..."]
 
 _words: dict[Any, str] = {}  # of conditions
-_usual: set[Any] = set()  # conditions of which only the values that break them are told
+_usual: dict[Any, bool] = {}  # whether they are named only for a value that breaks them
 
 
 def condition(words: str, holds: Callable[[Any], Any], *, usual: bool = False) -> Any:
     """A condition for ``Annotated``; ``words`` follow the type in a message, "an integer WORDS".
-
-    A condition that ``usual`` values fulfil is named only in the message for a value that does not.
-    """
+    One that ``usual`` values fulfil is named only in the message for a value that does not."""
     found = Is[lambda value: isinstance(value, jax.core.Tracer) or bool(holds(value))]
-    _words[found] = words
-    _usual.update({found} if usual else ())
+    _words[found], _usual[found] = words, usual
     return found
 
 
@@ -139,22 +134,16 @@ def _message(name: str, given: dict[str, Any], hint: Any) -> str:
     """The message for the argument ``name`` of those that are ``given``."""
     others = [f"{n} has shape {v.shape}" for n, v in given.items() if n != name and _is_array(v)]
     shapes = f" ({', '.join(others)})" if others and _is_array(given[name]) else ""
-    return f"{name} {wrong(given[name], hint)}{shapes}"
-
-
-def wrong(value: Any, hint: Any) -> str:
-    """What ``value`` is, and what ``hint`` says that it must be."""
-    return f"is {shown(value, hint)}: give {needs(hint, _broken(value, hint))}"
+    needed = needs(hint, _broken(given[name], hint))
+    return f"{name} is {shown(given[name], hint)}: give {needed}{shapes}"
 
 
 def _broken(value: Any, hint: Any) -> list[Any]:
     """The conditions of ``hint`` that ``value`` does not fulfil; none if its type is wrong."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Annotated and fits(value, parts[0]):
-        return [each for each in parts[1:] if not each.is_valid(value)]
-    if origin in (types.UnionType, typing.Union):
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is not typing.Annotated:  # The hint may be a union.
         return next(filter(None, (_broken(value, part) for part in parts)), [])
-    return []
+    return [each for each in parts[1:] if fits(value, parts[0]) and not each.is_valid(value)]
 
 
 def _is_array(value: Any) -> bool:
@@ -167,20 +156,15 @@ def shown(value: Any, hint: Any = None) -> str:
 
     If the ``hint`` has a condition, the words include the least and the largest of real numbers.
     """
-    broken = _broken(value, hint)
     if _is_array(value):
         text = f"{value.dtype} of shape {value.shape}"
         known = is_bearable(value, _REAL) and not isinstance(value, jax.core.Tracer)
-        if broken and known and not value.shape:
-            return f"{float(value):g}"
         if typing.get_origin(hint) is typing.Annotated and known and value.size:
             text += f" in [{np.min(value):g}, {np.max(value):g}]"
         return text
-    if isinstance(value, type):
-        return f"the class {value.__module__}.{value.__qualname__}"
     text = repr(value)
     text = text if len(text) <= 60 else text[:57] + "..."
-    return text if broken else f"{text} ({type(value).__name__})"
+    return text if _broken(value, hint) else f"{text} ({type(value).__name__})"
 
 
 def needs(hint: Any, broken: Collection[Any] = ()) -> str:
@@ -192,14 +176,12 @@ def needs(hint: Any, broken: Collection[Any] = ()) -> str:
         return f"{kind} of shape ({', '.join(hint.dim_str.split())})"
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        named = [each for each in parts[1:] if each in broken or each not in _usual]
+        named = [each for each in parts[1:] if each in broken or not _usual[each]]
         return f"{needs(parts[0])} {', '.join(_words[each] for each in named)}".rstrip()
     if origin in (types.UnionType, typing.Union):
-        # Types with the same words are named once. NumPy's numbers and, beside a number, arrays
-        # without dimensions are not named.
-        named = [each for each in parts if each is not np.number]
-        if float in parts:
-            named = [each for each in named if getattr(each, "dim_str", None) != ""]
+        # The same words are named once, NumPy's numbers and scalar arrays beside a number never.
+        scalar = "" if float in parts else "none"
+        named = [p for p in parts if p is not np.number and getattr(p, "dim_str", None) != scalar]
         return " or ".join(dict.fromkeys(needs(each, broken) for each in named))
     if origin is type:
         public = re.sub(r"\._\w+", "", parts[0].__module__)

@@ -55,13 +55,12 @@ def hint(name: str, names: Iterable[str], remedy: str = "", section: str = "") -
     return f"did you mean {section}{known[near[0]]}? {remedy[:1].upper()}{remedy[1:]}".rstrip()
 
 
-def listed(name: str, names: Collection[str], rest: str = "--help") -> str:
-    """The ``names`` in one line; of more than 15, the six that are most like ``name``, and
-    ``rest``, which shows all of them."""
+def listed(name: str, names: Collection[str]) -> str:
+    """The ``names`` in one line; of more than 15, the six that are most like ``name``."""
     if len(names) <= 15:
         return ", ".join(names)
     near = difflib.get_close_matches(name, names, 6, cutoff=0)
-    return f"{', '.join(each for each in names if each in near)} (all {len(names)}: {rest})"
+    return f"{', '.join(filter(near.__contains__, names))} and {len(names) - 6} more (--help)"
 
 
 def subclass(base: type) -> Any:
@@ -126,14 +125,15 @@ class Registry(Mapping[str, Any]):
             )
         part = getattr(module, attribute)
         if not door.fits(part, self.form):
-            raise ValueError(f"{self.kind} {name} {door.wrong(part, self.form)}")
+            raise ValueError(
+                f"{self.kind} {name} is {door.shown(part)}: give {door.needs(self.form)}"
+            )
         return part
 
     def __contains__(self, name: object) -> bool:
         """Whether ``name`` is a short name, or has the form of a name in another package, which is
         not imported."""
-        known = isinstance(name, str) and (name in self.places or OUTSIDE.fullmatch(name))
-        return bool(known)
+        return isinstance(name, str) and bool(name in self.places or OUTSIDE.fullmatch(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)

@@ -385,7 +385,7 @@ REVERSED = Schedule(lambda t: t, lambda t: 1.001 - t)
         (lambda: sbml.Density(gaussian().score, VP(), (2, 0)), r"shape is \(2, 0\)"),
         (lambda: sbml.Density(gaussian().score, VP(), 2), "^shape is 2"),
         (lambda: sbml.Density(gaussian().score, VP(), [2]), r"^shape is \[2\]"),
-        (lambda: sbml.Density(gaussian().score, VP, (2,)), "^sde is the class"),
+        (lambda: sbml.Density(gaussian().score, VP, (2,)), "^sde is <class"),
         (
             lambda: sbml.Density(lambda x, t: x, VP(), (2,)),
             r"cannot be called as score\(x, t, key\)",

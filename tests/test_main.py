@@ -1,8 +1,8 @@
 """The command line: its flags, the config of a work directory, and the messages of refusals."""
 
 import io
+import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ from sbml.experiment.config import Config, load, of_checkpoint, path_of, with_ov
 from sbml.modes import MODES, train
 from sbml.ode import Solver
 from sbml.report import plots
-from sbml.runtime import refusals, terminal, workdir
+from sbml.runtime import refusals, workdir
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import Workdir
@@ -146,8 +146,7 @@ def test_the_fields_of_a_section_are_listed_for_help(capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as ended:
         main.parse(["main", "--help=optimizer"])
     said = str(ended.value.code)
-    assert said.startswith("UsageError: --help=optimizer: there is no such section; did you mean ")
-    assert "did you mean optim? Choose from optim, dequantizer, " in said
+    assert said.startswith("UsageError: --help=optimizer: did you mean optim? Choose from optim, ")
 
 
 def test_help_has_80_columns_and_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,30 +171,27 @@ def test_help_has_80_columns_and_no_markup(capsys: pytest.CaptureFixture[str]) -
     ]
 
 
-def test_a_reader_of_the_help_may_leave_early() -> None:
-    program = [
-        sys.executable,
-        "-c",
-        "from sbml.runtime import terminal; terminal.show('a' * 10**6)",
-    ]
-    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
-    reader.wait()
-    done = subprocess.run(program, stdout=reader.stdin, stderr=subprocess.PIPE, cwd=runs.ROOT)
-    assert (done.returncode, done.stderr) == (0, b"")
+def test_a_reader_of_the_help_may_leave_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:  # To close it writes what is left.
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as ended:
+            main.parse(["main", "--help"])
+    assert ended.value.code == 0
 
 
 def test_a_line_in_a_terminal_is_wrapped_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     line = f"ValueError: config.optim has no field learning_rate: set --config.optim.lr {'y' * 50}"
     screen = io.StringIO()
-    print(line, file=terminal.Fitted(screen))  # a file
+    assert refusals.fitted(line, screen) == line  # for a file
     monkeypatch.setattr(screen, "isatty", lambda: True)
-    print(line, file=terminal.Fitted(screen))
-    assert screen.getvalue().splitlines() == [
-        line,
+    assert refusals.fitted(f"{line}\n", screen).split("\n") == [
         "ValueError: config.optim has no field",
         "  learning_rate: set --config.optim.lr",
         "  " + "y" * 50,
+        "",
     ]
 
 
@@ -296,8 +292,6 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         (("--config=configs/digits_pv.py",), "is no file: did you mean configs/digits_vp.py? Give"),
         ((CONFIG, "--mode=eval", "--workdri=a"), "flag --workdri: did you mean --workdir? See"),
         ((CONFIG, "--tracebak"), "did you mean --traceback? Give --tracebak=VALUE"),
-        ((CONFIG, "--config.sde.name=VPP"), "sde.name=VPP: did you mean vp? Need one of beta_"),
-        ((CONFIG, "--config.eval.estimators=od"), "did you mean ode? Need one or more of bound"),
         ((CONFIG, "--config.data.source=digts"), "'digts': did you mean digits? Choose one of"),
         (("--mode=train",), "UsageError: --mode=train needs --config=configs/<name>.py"),
         (("--mode=evl",), "unknown mode 'evl': did you mean eval? Choose one of audit, "),
@@ -311,11 +305,11 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
             "ValueError: unknown mode 'trian': did you mean train? Choose one of audit, compare",
         ),
         ((CONFIG, "--config.mode=5"), "ValueError: unknown mode '5': choose one of audit"),
-        (("--mode=builtins:dict",), "builtins.dict: give a function whose parameters all have na"),
-        (("--mode=builtins:print",), "give a function whose parameters all have names"),
+        (("--mode=builtins:dict",), "mode <class 'dict'>: give a function whose parameters Python"),
+        (("--mode=builtins:print",), "UsageError: --mode=builtins:print needs --args=VALUE"),
         (
             (CONFIG, "--config.data.source=image_folder", "--config.data.shape=60000,60000,3"),
-            "data.shape=60000,60000,3: need at most 2^26 numbers in one image, which is more than",
+            "data.shape=60000,60000,3: need at most 2^26 numbers in one image",
         ),
         (("--config=paper:",), "ValueError: paper:: no such model; give cifar10"),
         ((CONFIG, "--workdir="), "UsageError: --workdir= names no folder: give one, or leave"),
@@ -454,8 +448,7 @@ def test_a_plug_in_that_ends_the_program_is_named(
     with pytest.raises(SystemExit) as ended:
         main.main(main.parse(["main", "--mode=quitting:run"]))
     assert str(ended.value.code) == (
-        "SystemExit: quitting ended the program with sys.exit(3) (quitting.py, line "
-        f"{1 + len(code.splitlines())}): let it raise a ValueError that says why"
+        "SystemExit: quitting called sys.exit(3) in quitting.py: raise a ValueError there"
     )
 
 
@@ -463,7 +456,7 @@ def test_of_a_long_list_the_most_similar_names_are_shown(refusal: Callable[..., 
     assert refusal(CONFIG, "--config.training.batchsize=1") == (
         "ValueError: config.training has no field batchsize: did you mean training.batch_size? It "
         "has accumulate, batch_size, shard_state, steps_per_dispatch, times, validation_images "
-        "(all 22: --help=training)"
+        "and 16 more (--help)"
     )
 
 
@@ -536,10 +529,10 @@ def test_a_config_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_ctrl_c_ends_in_one_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def interrupted(arguments: list[str]) -> None:
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main, "_main", interrupted)
+    monkeypatch.setattr(main, "_run", interrupted)
     with pytest.raises(SystemExit) as ended:
         main.main(main.parse(["main"]))
     assert ended.value.code == 130 and "interrupted" in caplog.text

@@ -201,7 +201,6 @@ def test_a_process_of_the_user_refuses_integer_times_without_code_for_it() -> No
     ("eta", "message"),
     [
         (1.1, "eta is 1.1: give a number in [0, 1]"),
-        (np.float32(1.1), "eta is 1.1: give a number in [0, 1]"),
         ("half", "eta is 'half' (str): give a number in [0, 1]"),
         (np.ones(2), "eta is float64 of shape (2,) in [1, 1]: give a number in [0, 1]"),
         (1e-320, "eta is 1e-320: give a number in the range of JAX's default precision, in [0, 1]"),

@@ -250,11 +250,7 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
             "3.141592653589793 (float): give a class derived from flax.linen",
         ),
         ("dequantizer.name", "math:pi", "give a class derived from sbml.dequantizers.base.Dequan"),
-        (
-            "data.source",
-            "builtins:int",
-            "is the class builtins.int: give a class derived from sbml.",
-        ),
+        ("data.source", "builtins:int", "<class 'int'> (type): give a class derived from sbml.da"),
         (
             "sampling.sampler.name",
             "math:pi",
@@ -483,7 +479,7 @@ def test_checkpoints_of_other_versions_are_read_with_the_fields_they_have() -> N
     assert compatibility.unseen_times({"config": stored}, 1e-2) == []
     (warning,) = compatibility.unseen_times({"config": stored}, 1e-3)
     assert "trained only from t=0.01 on" in warning
-    with pytest.raises(ValueError, match="config.training has no field forgotten: it has .*all 22"):
+    with pytest.raises(ValueError, match="config.training has no field forgotten: it has .* more"):
         Training(**stored["training"])
 
 

@@ -188,8 +188,7 @@ def steps_rows(name: str) -> Iterator[Row]:
 
 
 def draws_rows(name: str) -> Iterator[Row]:
-    """The rows about random draws: log p with one random probe, a bound with random times, and for
-    each of the two the error bar that says how large the noise of its draws is.
+    """Rows about random draws: log p with one probe, a bound with one time, and their error bars.
 
     The bound is computed for copies of one example, so that each copy has the same expectation."""
     data, n = oracle.mixture(FAR, 3), 4096

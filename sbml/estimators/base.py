@@ -201,8 +201,7 @@ class Estimator(abc.ABC):
         """
 
     def scale_nats(self, target: Target, shape: tuple[int, ...]) -> float:
-        """The term ``scale`` of one example of this ``shape`` in nats: the log-determinant of the
-        change from the integers' scale to the score's (``sbml.estimators``)."""
+        """The term ``scale`` in nats: that of the change from pixels to x (``sbml.estimators``)."""
         return target.scale_nats(shape)
 
     def points(self, seed: int, sweep: int, n: int) -> np.ndarray | None:

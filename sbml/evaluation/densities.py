@@ -45,9 +45,7 @@ def log_p(baselines: Sequence[Baseline], rows: Rows) -> dict[str, np.ndarray]:
 
 
 def fit(train: np.ndarray, validation: np.ndarray) -> list[Baseline]:
-    """Densities to compare a model with, fitted to the rows ``train (n, d)`` and ``validation
-    (k, d)``. Before this, the settings of each are chosen: those that, fitted to ``train`` alone,
-    give ``validation`` the largest mean of log p."""
+    """The baselines of the rows ``train (n, d)``; their settings suit ``validation (k, d)``."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
     from sklearn.neighbors import KernelDensity

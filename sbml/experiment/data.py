@@ -8,7 +8,6 @@ from sbml.data import CROPS, ImageSet, Options
 from sbml.experiment.fields import Chosen, PositiveSize, Seed, among, field, refusal, section_errors
 
 DEQUANTIZATIONS = ("uniform", "centre", "none")
-MOST_NUMBERS = 2**26  # of one image; a network for larger ones fits no device
 # The fields that only some sources read, with their names in ``Options``.
 OWN = {
     **{field: field for field in ("manual_dir", "path", "crop", "test_fraction")},
@@ -72,9 +71,8 @@ class Data(Chosen):
         """Check that an image is not huge, that a folder's images are square with 256 levels, and
         that ``validation`` is a fraction or a whole number."""
         height, width, channels = self.shape
-        if math.prod(self.shape) > MOST_NUMBERS:
-            needs = "at most 2^26 numbers in one image, which is more than 4096,4096,3"
-            raise refusal(self.name_of("shape"), self.shape, needs)
+        if math.prod(self.shape) > 2**26:  # No device has the memory for a network.
+            raise refusal(self.name_of("shape"), self.shape, "at most 2^26 numbers in one image")
         if self.source == "image_folder" and (height != width or self.levels != 256):
             raise ValueError(
                 f"data.shape={height},{width},{channels} with data.levels={self.levels}: images of "

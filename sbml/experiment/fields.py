@@ -92,12 +92,9 @@ def section_errors(section: str) -> contextlib.AbstractContextManager[None]:
     return errors_of(f"config.{section}")
 
 
-def refusal(name: str, value: Any, needs: str, choices: Collection[str] = ()) -> ValueError:
-    """The error for a field ``name`` with an invalid ``value``; ``needs`` says what is valid, and
-    ``choices`` are the names, if it must be a name."""
-    shown = notation(value)
-    wrong = next((each for each in shown.split(",") if each not in choices), shown)
-    return ValueError(f"{name}={shown}: {hint(wrong, choices, f'need {needs}')}")
+def refusal(name: str, value: Any, needs: str) -> ValueError:
+    """The error for a field ``name`` with an invalid ``value``; ``needs`` says what is valid."""
+    return ValueError(f"{name}={notation(value)}: need {needs}")
 
 
 def _unwrapped(annotation: Any, rules: Collection[Any] = ()) -> tuple[Any, list[Any]]:
@@ -118,9 +115,11 @@ def needs(annotation: Any, rules: Collection[Any] = (), plural: bool = False) ->
     if typing.get_origin(kind) is tuple:
         count = len(kinds) if Ellipsis not in kinds else "one or more"
         return f"{count} {needs(kinds[0], plural=True)}"
-    if choices := _choices(kind, rules):
-        names = ", ".join(sorted(filter(None, choices)))
-        return ("" if plural else "one ") + f"of {names}" + ", or nothing" * ("" in choices)
+    for choice in (getattr(rule, "func", None) for rule in rules):
+        if isinstance(choice, Among):
+            names = ", ".join(sorted(filter(None, choice.choices)))
+            nothing = ", or nothing" * ("" in choice.choices)
+            return f"{'' if plural else 'one '}of {names}{nothing}"
     kinds_in_words = {bool: "True or False", str: "text", int: "an integer", float: "a number"}
     kinds_in_words |= {int: "integers", float: "numbers", str: "names"} if plural else {}
     limits = []
@@ -132,14 +131,6 @@ def needs(annotation: Any, rules: Collection[Any] = (), plural: bool = False) ->
             is_power = bound == 2**power > 2**15
             limits.append(f"{word} {f'2^{power}' if is_power else notation(float(bound), 'g')}")
     return f"{kinds_in_words.get(kind, kind)} {' and '.join(limits)}".strip()
-
-
-def _choices(annotation: Any, rules: Collection[Any] = ()) -> Collection[str]:
-    """The names that a value, or each of several, must be among; empty if it can be any value."""
-    kind, rules = _unwrapped(annotation, rules)
-    checks = (getattr(rule, "func", None) for rule in rules)
-    own = [check.choices for check in checks if isinstance(check, Among)]
-    return next(filter(None, [*own, *map(_choices, typing.get_args(kind))]), ())
 
 
 def _present(kinds: tuple[Any, ...]) -> Any:
@@ -254,8 +245,7 @@ def _line(kind: type[Section], values: Mapping[str, Any], error: Any) -> str:
         return str(cause)
     name = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
-        rest = f"the documentation of {kind.__name__}" if kind.siblings else ""
-        return unknown(kind.section, name, [*kind.siblings, *kind.model_fields], rest)
+        return unknown(kind.section, name, [*kind.siblings, *kind.model_fields])
     found = kind.model_fields[name]
     of_section = isinstance(found.annotation, type) and issubclass(found.annotation, Section)
     if cause is not None and str(cause):
@@ -264,14 +254,13 @@ def _line(kind: type[Section], values: Mapping[str, Any], error: Any) -> str:
     if _beyond_float32(error["input"]) or _beyond_float32(_parsed(str(error["input"]), float)):
         ends = " to ".join(notation(end, ".2g") for end in (SMALLEST, LARGEST))
         wanted += f", in float32, whose range is {ends}"
-    choices = _choices(found.annotation, found.metadata)
-    return str(refusal(kind.name_of(name), values.get(name), wanted, choices))
+    return str(refusal(kind.name_of(name), values.get(name), wanted))
 
 
-def unknown(section: str, name: str, fields: Collection[str], rest: str = "") -> str:
-    """The message for a field that ``section`` does not have; ``rest`` shows all ``fields``."""
+def unknown(section: str, name: str, fields: Collection[str]) -> str:
+    """The message for a field that ``section`` does not have."""
     where, own = f"config.{section}".rstrip("."), f"{section}.".lstrip(".")
-    names = listed(name, sorted(fields), rest or f"--help={section or 'config'}") or "none"
+    names = listed(name, sorted(fields)) or "none"
     return f"{where} has no field {name}: {hint(name, fields, f'it has {names}', own)}"
 
 

@@ -14,7 +14,7 @@ from sbml import door
 from sbml.experiment.config import Config
 from sbml.experiment.fields import Chosen, Section, needs
 from sbml.registry import hint, listed
-from sbml.runtime import terminal
+from sbml.runtime import refusals
 from sbml.scalars import notation
 
 
@@ -74,7 +74,7 @@ def overview() -> list[str]:
 
 def entry(head: str, meaning: str) -> str:
     """A flag and its meaning in two columns, for a terminal."""
-    body = terminal.wrapped(f"{'':29}{plain(meaning)}", hang=0)
+    body = refusals.wrapped(f"{'':29}{plain(meaning)}", hang=0)
     return f"  {head:26} {body[29:]}" if len(head) <= 26 else f"  {head}\n{body}"
 
 
@@ -84,20 +84,15 @@ def plain(text: str) -> str:
 
 
 def filled(text: str, indent: int) -> str:
-    """A docstring with an indentation, for a terminal. Lines of prose, and the lines of one item of
-    a list, are filled; formulas and tables keep their lines."""
-    blocks: list[str] = []
-    for line in plain(text).split("\n"):
-        last = blocks[-1] if blocks else ""
-        depth, above = (len(each) - len(each.lstrip()) for each in (line, last))
-        table = "  " in last.strip() or "  " in line.strip()
-        apart = table or not line or not last or last.endswith(":")
-        if not apart and (depth > above or depth == above == 0):
-            blocks[-1] += f" {line.strip()}"
-        else:
-            blocks.append(line)
-    lines = (terminal.wrapped(" " * indent + b, hang=2 * b.startswith(" ")) for b in blocks)
-    return "\n".join(line if line.strip() else "" for line in lines)
+    """A docstring with an indentation, for a terminal. Formulas and tables keep their lines."""
+    lines = []
+    for part in plain(text).split("\n\n"):
+        if not part.startswith("    "):  # Prose, or a list, whose items go on after four spaces.
+            part = re.sub(r"(?<!:)\n(?:    |(?=\S))", " ", part)
+        for line in [*part.split("\n"), ""]:
+            hang = 2 if line.startswith(" ") else 0
+            lines.append(refusals.wrapped(" " * indent + line, hang=hang))
+    return "\n".join(lines[:-1])
 
 
 def text(name: str) -> str:
@@ -108,18 +103,17 @@ def text(name: str) -> str:
     """
     known = dict(sections())
     if name not in known:
-        remedy = f"choose from {listed(name, known)}"
-        raise ValueError(f"--help={name}: there is no such section; {hint(name, known, remedy)}")
+        choices = f"choose from {listed(name, known)}"
+        raise ValueError(f"--help={name}: {hint(name, known, choices)}")
     lines = []
     for section_name, section in known.items():
         if name != "config" and not f"{section_name}.".startswith(f"{name}."):
             continue
-        about = plain(f"{section_name}: {_first_sentence(section)}")
-        lines.append(f"\n{terminal.wrapped(about, hang=0)}\n")
+        lines.append(f"\n{filled(f'{section_name}: {_first_sentence(section)}', 0)}\n")
         for row in rows(section):
             lines.append(f"  --config.{row.name}={row.default}")
             wanted = f"{row.meaning} ({row.needs})" if row.needs else row.meaning
-            lines.append(terminal.wrapped(f"{'':6}{plain(wanted)}", hang=0))
+            lines.append(refusals.wrapped(f"{'':6}{plain(wanted)}", hang=0))
         origin = _origin(section)
         if origin is not None:
             lines.append(f"\n  {_choice(section) or origin.__name__}:\n")

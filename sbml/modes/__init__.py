@@ -25,21 +25,10 @@ import ast
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from sbml.door import condition
 from sbml.registry import Registry
 from sbml.runtime.workdir import Workdir
-
-
-def _can_be_named(mode: Callable[..., Any]) -> bool:
-    """Whether Python tells the parameters of ``mode``, and all of them can be given by name."""
-    try:
-        kinds = [each.kind for each in inspect.signature(mode).parameters.values()]
-    except ValueError:  # some functions that are written in C
-        return False
-    return set(kinds) <= {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
-
 
 Mode = Callable[..., Workdir | None]
 OF_CONFIG = {"trained", "experiment", "config"}  # what needs a config
@@ -55,7 +44,7 @@ MODES = Registry(
             *("verify", "audit"),
         )
     },
-    Annotated[Callable, condition("whose parameters all have names", _can_be_named)],
+    Callable,
 )
 
 
@@ -89,4 +78,7 @@ def run(names: str, config: Any, workdir: str, **flags: str) -> None:
 
 def parameters_of(mode: Mode) -> set[str]:
     """The names of the parameters of a mode."""
-    return set(inspect.signature(mode).parameters)
+    try:
+        return set(inspect.signature(mode).parameters)
+    except ValueError:
+        raise ValueError(f"mode {mode}: give a function whose parameters Python can tell") from None

@@ -61,8 +61,7 @@ def audited(estimator: Estimator, options: Mapping[str, Any]) -> Report:
 
 
 def results() -> tuple[list[Report], list[Report], list[Row]]:
-    """Three lists: the reports about the package's estimators, the reports about the planted
-    mistakes, and the rows of the table."""
+    """Reports about the package's estimators, reports about planted mistakes, and the rows."""
     first = dict(itertools.islice(WORLDS.items(), 1))
     jobs: list[Callable[[], Any]] = [partial(audited, *each) for each in OURS.items()]
     jobs += [partial(audited, each.estimator, {"worlds": first}) for each in MISTAKES]

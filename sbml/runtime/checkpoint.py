@@ -155,14 +155,12 @@ class Checkpoints:
         return None
 
     def save(self, step: int, state: PyTree, metadata: Json) -> bool:
-        """Save ``state`` in the background. The buffers of ``state`` may be donated as soon as
-        this method returns.
+        """Save ``state`` in the background. Its arrays may be donated as soon as this returns.
 
-        Before it returns, it waits for an earlier save, copies the arrays to the host and computes
-        their CRC32s (a second or less for a gigabyte). If the save fails later, in the background,
-        the next call of a method tells it: ``wait`` raises the error. In a single process ``save``
-        logs it, and ``close`` raises an UnsavedCheckpointError. With several processes, ``save``
-        and ``close`` raise the error itself.
+        The call waits for an earlier save, for the copy to the host and for the CRC32s (a second or
+        less for a gigabyte). If the save fails later, in the background, the next call tells it:
+        ``wait`` raises the error. In a single process ``save`` logs it, and ``close`` raises an
+        UnsavedCheckpointError; with several processes, both raise the error itself.
 
         Checkpoints that ``restore`` found to be damaged are first moved to
         ``<directory>.damaged/<step>-<time>``. They then do not count as kept, and their steps can

@@ -18,8 +18,6 @@ from typing import Any, NoReturn
 import jax
 from jax._src import distributed  # The key-value store is not public.
 
-from sbml.runtime import terminal
-
 ANSWER_WITHIN = 5.0  # seconds
 
 
@@ -68,5 +66,5 @@ def leave(message: str) -> NoReturn:
 
     At the usual end of a program jax would wait for the lost process, and then abort.
     """
-    print(terminal.fitted(message, sys.stderr), file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
     os._exit(1)

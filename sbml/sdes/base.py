@@ -259,8 +259,7 @@ class SDE(Kernel):
         return self.std(t) * jnp.sqrt(self.rate(t))
 
     def time(self, log_snr: Elementwise) -> Elementwise:
-        """The time t at which the log-SNR has the value ``log_snr``, elementwise: the inverse of
-        the method ``log_snr``."""
+        """The time t at which the log-SNR is ``log_snr``, elementwise; the inverse function."""
         return inverse(self.log_snr, log_snr, self.T)
 
     @property
@@ -385,8 +384,7 @@ class ClosedForm(SDE):
 @typed
 @dataclasses.dataclass(frozen=True)
 class Schedule(SDE):
-    """The SDE with x_t = alpha(t) x_0 + sigma(t) z, z standard normal. Its drift, diffusion and
-    log-SNR are derived from the functions alpha and sigma.
+    """The SDE with x_t = alpha(t) x_0 + sigma(t) z; alpha and sigma determine everything else.
 
         sde = Schedule(lambda t: 1 - t**2, lambda t: t)
 

@@ -49,7 +49,7 @@ Shape = jax.ShapeDtypeStruct
 
 
 class Rest(NamedTuple):
-    """A pytree without its arrays; it is hashable if its other leaves are.
+    """What is left of a pytree without its arrays. It is hashable if the other leaves are.
 
     Attributes:
       others: the type and value of each leaf, with None in the place of an array.

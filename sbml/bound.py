@@ -209,8 +209,8 @@ class GaussianControl:
 
     @checked
     def sum_of_steps(self, sde: SDE, x: Example, t: Vector, weights: Vector) -> Scalar:
-        """sum_i c_i w_i E |z - E[z | x_{t_i}]|^2 over z with the coefficients c_i, in closed form,
-        nats."""
+        """sum_i c_i w_i E|z - E[z | x_{t_i}]|^2 in closed form, in nats, a scalar. The mean E is
+        over z; c_i is the :meth:`coefficient` at the time t_i, and w_i is its weight."""
         self._check(x)
         c2 = self._to_basis(in_full_precision(x).reshape(-1) - self.mean) ** 2
         v = jnp.exp(-sde.log_snr(t))[:, None]

@@ -319,10 +319,10 @@ class Density:
 
     @checked
     def path_log_prob(self, path: Path, condition: Any = None) -> PathLogProb:
-        """The log densities of the paths of :meth:`sample_path`, for the parameters of this score:
-        a function of them for policy gradients.
+        """The log densities, under this score, of the paths that :meth:`sample_path` drew.
 
-        The gradient of E[r(x)] is E[r(x) gradient of ``path_log_prob(path).total``].
+        Policy gradients use their derivatives by the parameters of the score: for a reward r, the
+        gradient of E[r(x)] is E[r(x) times the gradient of ``path_log_prob(path).total``].
         """
         conditions = self._conditions(condition, (len(path.x),))
         rows: tuple[Any, ...] = ((path.x, path.times),)
@@ -369,17 +369,18 @@ class Density:
     def logp(
         self, x: Any, condition: Any = None, *, check: bool = True, progress: bool | str = False
     ) -> Estimate:
-        """log p_eps(x) in nats of ``x (n, *shape)``, by the probability-flow ODE.
+        """log p_eps(x) in nats of each of ``x (n, *shape)``, by the probability-flow ODE.
 
-        The terms are ``prior``, ``divergence`` and ``correction``, see ``likelihood.Likelihood``,
-        and ``transform`` with a change of variables. The prior N(0, sde.prior_std^2 I) stands for
-        p_T.
+        It is the sum of the terms ``prior``, ``divergence`` and ``correction``, see
+        ``likelihood.Likelihood``, and of ``transform`` for a change of variables. The prior
+        N(0, sde.prior_std^2 I) stands for p_T.
 
         Args:
           x: continuous data.
           condition: for a conditional score.
-          check: whether ``subset`` examples are solved again, which measures the errors.
-          progress: whether to show a progress bar, or its name.
+          check: whether to solve ``subset`` examples again, which measures the solver's error and
+            the noise of the random probes.
+          progress: whether to show a progress bar, or the name of one to show.
 
         Raises:
           ValueError: if ``x`` are not floating-point numbers of that shape, or the score computes

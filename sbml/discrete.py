@@ -144,7 +144,8 @@ def _snr_range(sde: SDE, eps: Number) -> Number:
 def decoder_nats(
     x: Example, pixels: Pixels, levels: Levels, rho: Annotated[Scalar, above_0]
 ) -> Scalar:
-    """-log P(k | x) for noisy data x = c + rho z ``(*s)``, summed over pixels: nats, a scalar."""
+    """-log P(k | x), summed over the integers k of an image, where x = c + rho z ``(*s)`` and c are
+    the centres of their bins: nats, a scalar."""
     bits.check_pixels(pixels, levels)
     log_p = decoder_log_p(x, levels, rho)
     return -jnp.sum(jnp.take_along_axis(log_p, pixels[..., None].astype(jnp.int32), -1))

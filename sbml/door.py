@@ -21,7 +21,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar, cast
 
 import jax
@@ -45,8 +45,6 @@ _KINDS = {
     "Shaped": "an array",
     "Key": "typed keys (of jax.random.key, or of jax.random.wrap_key_data for older ones)",
 }
-
-
 _NAMES: dict[Any, str] = {
     int: "an integer",
     float: "a number",
@@ -57,12 +55,14 @@ _NAMES: dict[Any, str] = {
 _REAL: Any = Real[np.ndarray | jax.Array | np.number, "..."]
 
 _words: dict[Any, str] = {}  # of conditions
+_usual: dict[Any, bool] = {}  # whether they are named only for a value that breaks them
 
 
-def condition(words: str, holds: Callable[[Any], Any]) -> Any:
-    """A condition for ``Annotated``; ``words`` follow the type in a message, "an integer WORDS"."""
+def condition(words: str, holds: Callable[[Any], Any], *, usual: bool = False) -> Any:
+    """A condition for ``Annotated``; ``words`` follow the type in a message, "an integer WORDS".
+    One that ``usual`` values fulfil is named only in the message for a value that does not."""
     found = Is[lambda value: isinstance(value, jax.core.Tracer) or bool(holds(value))]
-    _words[found] = words
+    _words[found], _usual[found] = words, usual
     return found
 
 
@@ -134,7 +134,16 @@ def _message(name: str, given: dict[str, Any], hint: Any) -> str:
     """The message for the argument ``name`` of those that are ``given``."""
     others = [f"{n} has shape {v.shape}" for n, v in given.items() if n != name and _is_array(v)]
     shapes = f" ({', '.join(others)})" if others and _is_array(given[name]) else ""
-    return f"{name} is {shown(given[name], hint)}: give {needs(hint)}{shapes}"
+    needed = needs(hint, _broken(given[name], hint))
+    return f"{name} is {shown(given[name], hint)}: give {needed}{shapes}"
+
+
+def _broken(value: Any, hint: Any) -> list[Any]:
+    """The conditions of ``hint`` that ``value`` does not fulfil; none if its type is wrong."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is not typing.Annotated:  # The hint may be a union.
+        return next(filter(None, (_broken(value, part) for part in parts)), [])
+    return [each for each in parts[1:] if fits(value, parts[0]) and not each.is_valid(value)]
 
 
 def _is_array(value: Any) -> bool:
@@ -142,7 +151,8 @@ def _is_array(value: Any) -> bool:
 
 
 def shown(value: Any, hint: Any = None) -> str:
-    """An argument in words: an array by its kind and shape, anything else by its value.
+    """An argument in words: an array by its kind and shape, anything else by its value, with its
+    type if the ``hint`` takes another one.
 
     If the ``hint`` has a condition, the words include the least and the largest of real numbers.
     """
@@ -153,11 +163,12 @@ def shown(value: Any, hint: Any = None) -> str:
             text += f" in [{np.min(value):g}, {np.max(value):g}]"
         return text
     text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+    text = text if len(text) <= 60 else text[:57] + "..."
+    return text if _broken(value, hint) else f"{text} ({type(value).__name__})"
 
 
-def needs(hint: Any) -> str:
-    """What an argument must be, in words."""
+def needs(hint: Any, broken: Collection[Any] = ()) -> str:
+    """What an argument must be, in words; usual conditions are named only if ``broken``."""
     if isinstance(hint, type) and issubclass(hint, AbstractArray):
         kind = next(words for name, words in _KINDS.items() if hint.__name__.startswith(name))
         if hint.dim_str in ("...", "*any"):
@@ -165,10 +176,13 @@ def needs(hint: Any) -> str:
         return f"{kind} of shape ({', '.join(hint.dim_str.split())})"
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        return f"{needs(parts[0])} {', '.join(_words[each] for each in parts[1:])}"
+        named = [each for each in parts[1:] if each in broken or not _usual[each]]
+        return f"{needs(parts[0])} {', '.join(_words[each] for each in named)}".rstrip()
     if origin in (types.UnionType, typing.Union):
-        # Types with the same words are named once, and NumPy's numbers are not named.
-        return " or ".join(dict.fromkeys(needs(each) for each in parts if each is not np.number))
+        # The same words are named once, NumPy's numbers and scalar arrays beside a number never.
+        scalar = "" if float in parts else "none"
+        named = [p for p in parts if p is not np.number and getattr(p, "dim_str", None) != scalar]
+        return " or ".join(dict.fromkeys(needs(each, broken) for each in named))
     if origin is type:
         public = re.sub(r"\._\w+", "", parts[0].__module__)
         return f"a class derived from {public}.{parts[0].__name__}"

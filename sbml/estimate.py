@@ -124,7 +124,7 @@ class Estimate:
             f"[{low:z.4f}, {high:z.4f}], for these examples +-{own}, n={self.population.n}"
         )
         if self.solver is not None and self.solver_error is None:
-            text += ", the solver's error was not measured"
+            text += f", {self.unconverged()}"
         elif not self.converged:
             text += f", NOT CONVERGED: {self.unconverged()}"
         if self.heavy_tailed:
@@ -254,7 +254,11 @@ class Estimate:
                 needed = math.ceil(error.n * (error.ci95 / room) ** 2)
                 remedy = f"raise {section}subset={error.n} to about {needed}"
             else:
-                remedy = f"lower {tolerances}"
+                finer = solver.tighter(10)
+                rtol, atol = (notation(value, ".2g") for value in (finer.rtol, finer.atol))
+                flags = f"--config.{section}rtol={rtol} --config.{section}atol={atol}"
+                flags = flags if section else f"solver=Solver(rtol={rtol}, atol={atol})"
+                remedy = f"lower {tolerances}, as in {flags}"
         if solver.fixed_steps is not None and not error.nonfinite:
             remedy = f"raise {section}fixed_steps={solver.fixed_steps}"
         elif solver.rtol + solver.atol < precision.eps:

@@ -1,22 +1,22 @@
-"""sbml --config=digits_vp [--mode=train,eval,sample] [--workdir=DIR] [--config.FIELD=VALUE ...]
+"""sbml --config=NAME [--mode=MODE,...] [--workdir=DIR] [--config.FIELD=VALUE ...]
 
-Also as python -m sbml.main. The modes read flags of their own, such as --source=DIR.
+Also: python -m sbml.main. The modes have flags of their own, such as --source.
 
 What one needs first:
-  --config=NAME              A config: the name of a file in configs/, or the path of any config
-                             file. It is not needed with the --workdir of a run that has a
-                             checkpoint, which holds the config.
-  --mode=MODE,...            Modes to run, in this order; default: the field mode of the config.
-  --workdir=DIR              Folder of the results; default: runs/<name of the config>.
-  --trust=NAME,...           Parts of other packages, package.module:Name, or whole packages, whose
-                             code may run although only a file of --workdir names them.
-  --source=PATH              What the modes convert, compress and decompress read.
-  --config.FIELD=VALUE       A field of the config, such as --config.eval.ode.rtol=1e-5.
+  --config=NAME              A config: the name of a file in configs/, or the
+                             path of another one. It is not needed with the
+                             --workdir of a run that has a checkpoint.
+  --mode=MODE,...            Modes to run, in order; default: the field mode.
+  --workdir=DIR              Folder of results; default: runs/<name of config>.
+  --trust=NAME,...           Parts of other packages, or packages, whose code
+                             may run if only a file of --workdir names them.
+  --source=PATH              What convert, compress and decompress read.
+  --config.FIELD=VALUE       A field, such as --config.eval.ode.rtol=1e-5.
 
 Several processes, and errors:
   --coordinator=HOST:PORT    HOST:PORT of process 0, or auto (TPU pods, Slurm).
   --num_processes=N          Number of processes, unless --coordinator=auto.
-  --process_id=I             Number of this process from 0, unless --coordinator=auto.
+  --process_id=I             Number of this process from 0; not with auto.
   --traceback                Show the traceback of an error.
   --verbosity=0              Show also notes, not only warnings and errors.
 """
@@ -25,6 +25,7 @@ import contextlib
 import functools
 import inspect
 import logging as stdlib_logging
+import os
 import pathlib
 import re
 import signal
@@ -96,15 +97,18 @@ def parse(arguments: Sequence[str]) -> Namespace:
         if rest:
             raise ValueError(f"unknown: {rest[0]}; set fields as --config.field=value")
         if options.help is not None:
-            print(reference.text(options.help) if options.help else usage())
+            try:
+                print(reference.text(options.help) if options.help else usage(), flush=True)
+            except BrokenPipeError:  # ``head`` has read its lines; the rest goes nowhere.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
     except ArgumentError as error:
         said, name = f"{error.argument_name}: {error.message}", str(error.argument_name)
         if "expected" in error.message:
-            said += f": give {name}=VALUE{near(name.removeprefix('--'))}"
-        sys.exit(f"UsageError: {refusals.readable(said)}")
+            said += f": {near(name.removeprefix('--'), f'give {name}=VALUE')}"
+        sys.exit(refusals.fitted(f"UsageError: {refusals.readable(said)}"))
     except (ValueError, flags.Error) as error:
-        sys.exit(f"UsageError: {refusals.readable(str(error))}")
+        sys.exit(refusals.fitted(f"UsageError: {refusals.readable(str(error))}"))
     options.fields, options.own = dict(options.fields), dict(options.own)
     return options
 
@@ -114,10 +118,10 @@ def flags_of_modes() -> dict[str, set[str]]:
     return {mode: parameters_of(MODES[mode]) - GIVEN for mode in MODES}
 
 
-def near(name: str) -> str:
-    """The end of a message about an unknown flag ``name``: the flag that is most like it."""
+def near(name: str, remedy: str) -> str:
+    """The ``remedy``; before it, if the flag ``name`` is unknown, the one that is most like it."""
     known = {*KINDS, "help", "traceback"}.union(*flags_of_modes().values())
-    return "" if name in known else hint(f"--{name}", [f"--{flag}" for flag in known])
+    return remedy if name in known else hint(name, known, remedy, "--")
 
 
 def check_flags(chosen: Mapping[str, Mode], options: Namespace) -> None:
@@ -130,7 +134,7 @@ def check_flags(chosen: Mapping[str, Mode], options: Namespace) -> None:
                 raise app.UsageError(
                     f"--{name} is for --mode={' or '.join(owners)}, not for {names}"
                 )
-            raise app.UsageError(f"unknown flag --{name}{near(name)}")
+            raise app.UsageError(f"unknown flag --{name}: {near(name, 'see --help')}")
     for mode, function in chosen.items():
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.default is parameter.empty and name not in {*GIVEN, *options.own}:
@@ -199,27 +203,25 @@ def main(options: Namespace) -> None:
     """Run the modes in order; a refusal ends in one line, and with the status 1; Ctrl-C ends with
     the status 130."""
     try:
-        _main(options)
+        check_values(options)
+        own = None if options.config is None else configs.load(options.config)
+        given = options.fields, options.own, options.mode
+        named = configs.parts_in(own and own.to_dict(), *given)
+        with registry.only({*options.trust, *named}):
+            _run(options, own)
     except KeyboardInterrupt:
         if options.traceback:
             raise
         logging.warning("interrupted")
         raise SystemExit(128 + signal.SIGINT) from None
+    except SystemExit as error:
+        sys.exit(refusals.exit_line(error) or error.code)
     except peers.LostProcessError as error:
         peers.leave(traceback.format_exc() if options.traceback else f"{refusals.line(error)}")
     except Exception as error:
         if options.traceback or (line := refusals.line(error)) is None:
             raise
-        sys.exit(line)
-
-
-def _main(options: Namespace) -> None:
-    check_values(options)
-    own = None if options.config is None else configs.load(options.config)
-    given = options.fields, options.own, options.mode
-    named = configs.parts_in(own and own.to_dict(), *given)
-    with registry.only({*options.trust, *named}):
-        _run(options, own)
+        sys.exit(refusals.fitted(line))
 
 
 def _run(options: Namespace, own: ConfigDict | None) -> None:
@@ -262,17 +264,19 @@ def quiet() -> None:
 
     class Form(stdlib_logging.Formatter):
         def format(self, record: stdlib_logging.LogRecord) -> str:
-            return refusals.relative(super().format(record))
+            return clear + refusals.fitted(refusals.relative(super().format(record)))
 
-    logging.get_absl_handler().setFormatter(Form(f"{clear}%(levelname)s: %(message)s"))
+    logging.get_absl_handler().setFormatter(Form("%(levelname)s: %(message)s"))
     stdlib_logging.getLogger("matplotlib.font_manager").addFilter(
         lambda record: "building the font cache" not in record.getMessage()
     )
 
 
 def run() -> None:
-    """The command ``sbml``."""
+    """The command ``sbml``. The lines that it prints fit in a terminal."""
     quiet()
+    write, stdout = sys.stdout.write, sys.stdout
+    stdout.write = lambda text: write(refusals.fitted(text, stdout))  # type: ignore[method-assign]
     app.run(main, flags_parser=parse)
 
 

@@ -48,8 +48,8 @@ def mean(
 
 
 def variances(x: np.ndarray, centre: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """The variances ``(d,)`` of ``x (n, *s)`` with mean ``centre (d,)``; the divisor is n, or the
-    sum of the ``weights (n,)``."""
+    """The variances ``(d,)`` of the examples ``x (n, *s)`` around their mean ``centre (d,)``:
+    sum_i w_i (x_i - centre)^2 / sum_i w_i with the ``weights`` w ``(n,)``, or with w_i = 1."""
     return mean(x, weights, lambda part: (part - centre) ** 2)
 
 

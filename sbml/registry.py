@@ -45,10 +45,22 @@ def _is_trusted(name: str) -> bool:
     return any(f"{module}.".startswith(f"{package}.") for package in _trusted)
 
 
-def hint(name: str, names: Collection[str]) -> str:
-    """The end of a message about an unknown ``name``: the one of ``names`` that is most like it."""
-    near = difflib.get_close_matches(name, names, 1)
-    return f"; did you mean {near[0]}?" if near else ""
+def hint(name: str, names: Iterable[str], remedy: str = "", section: str = "") -> str:
+    """The end of a message about an unknown ``name``: first the one of ``names`` that is most like
+    it, with its ``section``; then the ``remedy``."""
+    known = {each.lower(): each for each in names}
+    near = difflib.get_close_matches(name.lower(), known, 1)
+    if not near:
+        return remedy
+    return f"did you mean {section}{known[near[0]]}? {remedy[:1].upper()}{remedy[1:]}".rstrip()
+
+
+def listed(name: str, names: Collection[str]) -> str:
+    """The ``names`` in one line; of more than 15, the six that are most like ``name``."""
+    if len(names) <= 15:
+        return ", ".join(names)
+    near = difflib.get_close_matches(name, names, 6, cutoff=0)
+    return f"{', '.join(filter(near.__contains__, names))} and {len(names) - 6} more (--help)"
 
 
 def subclass(base: type) -> Any:
@@ -78,10 +90,10 @@ class Registry(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         """The part called ``name``."""
         if name not in self:
-            names = ", ".join(sorted(self.places))
+            names = listed(str(name), sorted(self.places))
+            remedy = f"choose one of {names}, or give your own as package.module:Name"
             raise ValueError(
-                f"unknown {self.kind} {name!r}: choose one of {names}, or give your own as "
-                f"package.module:Name{hint(name, self.places)}"
+                f"unknown {self.kind} {name!r}: {hint(str(name), self.places, remedy)}"
             )
         if name not in self.places and not _is_trusted(name):
             package = name.partition(".")[0].partition(":")[0]
@@ -108,8 +120,8 @@ class Registry(Mapping[str, Any]):
             ) from error
         if not hasattr(module, attribute):
             raise ValueError(
-                f"{self.kind} {name}: the module {place} has no attribute {attribute}: give "
-                f"{door.needs(self.form)}{hint(attribute, dir(module))}"
+                f"{self.kind} {name}: the module {place} has no attribute {attribute}: "
+                f"{hint(attribute, dir(module), f'give {door.needs(self.form)}')}"
             )
         part = getattr(module, attribute)
         if not door.fits(part, self.form):
@@ -121,8 +133,7 @@ class Registry(Mapping[str, Any]):
     def __contains__(self, name: object) -> bool:
         """Whether ``name`` is a short name, or has the form of a name in another package, which is
         not imported."""
-        known = isinstance(name, str) and (name in self.places or OUTSIDE.fullmatch(name))
-        return bool(known)
+        return isinstance(name, str) and bool(name in self.places or OUTSIDE.fullmatch(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)

@@ -53,7 +53,7 @@ def _representable(value: SupportsFloat) -> bool:
 
 
 # In float32, JAX takes numbers below 1.2e-38 for 0.
-representable = condition("in the range of JAX's default precision", _representable)
+representable = condition("in the range of JAX's default precision", _representable, usual=True)
 Positive = Annotated[float, positive, representable]
 Count = Annotated[int, at_least(1)]
 if TYPE_CHECKING:

@@ -349,7 +349,7 @@ def test_fit_recovers_mean_and_covariance():
         ({"x": np.zeros(3, np.uint8)}, "^x is uint8"),
         (
             {"reduction": Reduction(proposal="lattice")},
-            "proposal is 'lattice' .*: give a text among 'uniform', 'importance', 'velocity'",
+            "proposal is 'lattice':.* give a text among 'uniform', 'importance', 'velocity'",
         ),
         # This shape would broadcast against n draws without an error, and give far too low a bound.
         ({"u": jnp.full((4, 1), 0.5)}, "^u is"),

@@ -309,11 +309,14 @@ def test_a_flow_for_images_of_odd_width_is_refused() -> None:
 def test_unknown_fields_modes_and_arguments_list_the_choices(tmp_path):
     for flag, expected in [
         ("--config.optim.learning_rate=1", "beta1, beta2, ema, eps, grad_clip, lr"),
-        ("--config.optimizer.lr=1", "data, dequantizer, eval, latents, mode, model, optim"),
+        (
+            "--config.optimizer.lr=1",
+            "did you mean optim? It has codec, data, dequantizer, ",
+        ),
         ("--mode=trian", "convert, decompress, eval, latents, quality, report, sample, stats"),
         ("--config.mode=train,evil", "unknown mode 'evil'"),
-        ("--config.eval.estimator=ode", "did you mean estimators?"),
-        ("--wokdir=a", "unknown flag --wokdir; did you mean --workdir?"),
+        ("--config.eval.estimator=ode", "did you mean eval.estimators?"),
+        ("--wokdir=a", "unknown flag --wokdir: did you mean --workdir?"),
         ("--process_id=1", "--process_id=1: several processes need all three"),
         ("lr=1", "set fields as --config.field=value"),
     ]:

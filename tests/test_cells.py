@@ -61,7 +61,7 @@ def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
     (warning,) = (w for w in run.warnings(result) if "NOT CONVERGED" in w)
     shown = notation(result.solver_error.mean, ".3g")
     assert f"NOT CONVERGED: the solver's error is {shown} +-" in warning
-    assert warning.endswith("above the budget 1e-5; lower eval.ode.rtol and eval.ode.atol")
+    assert warning.endswith("as in --config.eval.ode.rtol=0.01 --config.eval.ode.atol=0.01")
 
 
 @pytest.mark.parametrize(("size", "converged"), [(4e-3, False), (1e-4, True)])

@@ -366,8 +366,8 @@ REVERSED = Schedule(lambda t: t, lambda t: 1.001 - t)
             "pixels are float64: give an array of integers",
         ),
         (lambda: density(levels=4).bits_per_dim(np.full((1, 2, 2), 4)), r"lie in 4 .. 4: .*0 .. 3"),
-        (lambda: density(levels=1), "^levels is 1 "),
-        (lambda: density(levels=70_000), "^levels is 70000 .*65536"),
+        (lambda: density(levels=1), "^levels is 1: "),
+        (lambda: density(levels=70_000), "^levels is 70000:.*65536"),
         (
             lambda: density(levels=1000).sample(jax.random.key(0), 1),
             "levels=1000: give an integer of 2 to 256",

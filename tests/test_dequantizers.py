@@ -122,5 +122,5 @@ def test_three_deviations_fill_half_a_bin(levels):
 @pytest.mark.usefixtures("unchecked")
 def test_impossible_widths_are_refused():
     for tau in (0, np.inf, np.nan):
-        with pytest.raises(ValueError, match=f"tau is {tau} .* that is positive and finite"):
+        with pytest.raises(ValueError, match=f"tau is {tau}:.* that is positive and finite"):
             truncated_normal.Model(tau)

@@ -107,6 +107,19 @@ def test_the_remedy_is_the_one_that_fits(found: Estimate, known: str, remedy: st
             assert f"{verb} {name}" not in in_a_config
 
 
+def test_the_line_of_a_number_ends_with_its_remedy() -> None:
+    """It has the flags of the command line, or the arguments of ``Density``."""
+    found = solved(errors_of(3e-3, 1e-4), solver=Solver(rtol=1e-3, atol=2e-3))
+    names = {"estimator": "ode", "dequantizer": "uniform", "data": "digits", "split": "test"}
+    others = {"num_importance": 1, "split_size": N, "trace": None, "dequantizer_step": None}
+    line = Result.of(found, np.arange(N), **names, **others).line.partition("\n")[0]
+    assert " NOT CONVERGED at t=" in line and line.endswith(
+        f", n={N}; lower eval.ode.rtol and eval.ode.atol, as in --config.eval.ode.rtol=0.0001 "
+        "--config.eval.ode.atol=0.0002"
+    )
+    assert "; lower rtol and atol, as in solver=Solver(rtol=0.0001, atol=0.0002)\n" in str(found)
+
+
 def test_the_advised_subset_is_large_enough() -> None:
     few = errors_of(9e-4, 1.2e-3)
     said = solved(few).unconverged()

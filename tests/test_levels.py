@@ -72,7 +72,7 @@ def test_refusals() -> None:
         with pytest.raises(ValueError, match="limit of no discrete-time model"):
             kind.levels(N)
     for kind in (sdes.VE(), sdes.VP()):
-        with pytest.raises(ValueError, match="n is 1 .* an integer of at least 2"):
+        with pytest.raises(ValueError, match="n is 1:.* an integer of at least 2"):
             kind.levels(1)
     with pytest.raises(ValueError, match=r"20 noise levels with beta_max=20.0.*more than 20"):
         sdes.VP().levels(20)

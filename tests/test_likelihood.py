@@ -382,15 +382,15 @@ def test_evaluations_of_the_score_are_counted() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "rk45"}, "method is 'rk45' "),
+        ({"method": "rk45"}, "method is 'rk45': "),
         ({"method": "euler"}, "method=euler has no error estimate"),
-        ({"rtol": 0.0}, "rtol is 0.0 "),
-        ({"atol": -1.0}, "atol is -1.0 "),
-        ({"power": 0.0}, "power is 0.0 "),
-        ({"first_step": float("nan")}, "first_step is nan "),
-        ({"fixed_steps": 0}, "fixed_steps is 0 "),
-        ({"fixed_steps": -2}, "fixed_steps is -2 "),
-        ({"max_steps": 0}, "max_steps is 0 "),
+        ({"rtol": 0.0}, "rtol is 0.0: "),
+        ({"atol": -1.0}, "atol is -1.0: "),
+        ({"power": 0.0}, "power is 0.0: "),
+        ({"first_step": float("nan")}, "first_step is nan: "),
+        ({"fixed_steps": 0}, "fixed_steps is 0: "),
+        ({"fixed_steps": -2}, "fixed_steps is -2: "),
+        ({"max_steps": 0}, "max_steps is 0: "),
     ],
 )
 def test_impossible_solvers_are_refused(arguments: dict[str, object], message: str) -> None:
@@ -400,9 +400,9 @@ def test_impossible_solvers_are_refused(arguments: dict[str, object], message: s
 
 @pytest.mark.usefixtures("unchecked")
 def test_impossible_traces_are_refused() -> None:
-    with pytest.raises(ValueError, match="kind is 'sobol' .*: give a text among '"):
+    with pytest.raises(ValueError, match="kind is 'sobol':.* give a text among '"):
         Trace("sobol")
-    with pytest.raises(ValueError, match="probes is 0 .*: give an integer of at least 1"):
+    with pytest.raises(ValueError, match="probes is 0:.* give an integer of at least 1"):
         Trace("gaussian", 0)
 
 

@@ -125,7 +125,7 @@ def test_a_part_that_is_none_says_what_is_missing(tmp_path, monkeypatch):
     assert list(things) == ["a"] and "math:e" in things and "b" not in things
     for name, message in (
         ("b", "unknown thing 'b': choose one of a, or give your own as package.module:Name"),
-        ("math:tau2", "math:tau2: the module math has no attribute tau2: give a number; did you"),
+        ("math:tau2", "math:tau2: the module math has no attribute tau2: did you mean tau? Give"),
         ("math:floor", "thing math:floor is <built-in function floor> (builtin_function_or_method"),
         ("nowhere.at:all", "(ModuleNotFoundError: No module named 'nowhere'): start Python where"),
         ("needing:all", "(ModuleNotFoundError: No module named 'absent'): correct it"),

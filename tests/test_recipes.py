@@ -57,8 +57,11 @@ def test_every_recipe_makes_an_experiment() -> None:
     [
         ("level", "unknown recipe 'level': give field=value or one of iid, lattice"),
         ("levels+centres", "unknown recipe 'centres'"),
-        ("training.third_order=0.1", "config.training has no field third_order: it has accum"),
-        ("levels+trainings.times=iid", "config has no field trainings: it has codec, data"),
+        (
+            "training.third_order=0.1",
+            "config.training has no field third_order: did you mean training.second_order",
+        ),
+        ("levels+trainings.times=iid", "config has no field trainings: did you mean training"),
     ],
 )
 def test_unknown_recipes_and_fields_are_refused(recipe: str, message: str) -> None:

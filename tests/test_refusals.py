@@ -5,6 +5,7 @@ checks, so the tests of refusals run without them. This file is about SDEs and d
 """
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ from refusals import (
     score,
 )
 
-from sbml import losses, sdes, times
+from sbml import losses, samplers, sdes, times
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -194,6 +195,22 @@ def test_a_process_of_the_user_refuses_integer_times_without_code_for_it() -> No
     for name in OF_TIMES:
         with pytest.raises(ValueError, match=r"t is 1 \(int\): give floating-point numbers"):
             getattr(Straight(), name)(1)
+
+
+@pytest.mark.parametrize(
+    ("eta", "message"),
+    [
+        (1.1, "eta is 1.1: give a number in [0, 1]"),
+        ("half", "eta is 'half' (str): give a number in [0, 1]"),
+        (np.ones(2), "eta is float64 of shape (2,) in [1, 1]: give a number in [0, 1]"),
+        (1e-320, "eta is 1e-320: give a number in the range of JAX's default precision, in [0, 1]"),
+    ],
+)
+def test_a_message_has_the_value_and_the_range_and_a_type_only_if_it_is_wrong(
+    eta: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        samplers.DDIM(eta=eta)
 
 
 def test_the_remedy_for_an_old_key_is_named_and_works() -> None:

@@ -113,7 +113,7 @@ def test_a_schedule_may_have_constant_functions() -> None:
     of_integers = Schedule(lambda t: 1, lambda t: 80 * t)
     np.testing.assert_allclose(of_integers.slopes(t), expected.slopes(t), rtol=1e-12)
     assert of_integers.mean_coef(t).dtype == t.dtype
-    with pytest.raises(ValueError, match=r"smallest_time is 0.0 .* in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"smallest_time is 0.0:.* in \(0, 1\)"):
         Schedule(lambda t: 1.0, lambda t: t, smallest_time=0.0)
 
 

@@ -417,9 +417,9 @@ def test_parameters_of_a_network_of_batches_have_gradients() -> None:
 
 def test_impossible_predictions_are_refused() -> None:
     sde = SDES["vp"]()
-    with pytest.raises(ValueError, match="kind is 'v' .*: give a text among 'noise', 'score', "):
+    with pytest.raises(ValueError, match="kind is 'v':.* give a text among 'noise', 'score', "):
         from_prediction(lambda x, t: x, "v", sde)
-    with pytest.raises(ValueError, match=r"data_std is 0.0 \(float\): give"):
+    with pytest.raises(ValueError, match=r"data_std is 0.0: give"):
         from_prediction(lambda x, t: x, "edm", sde, data_std=0.0)
     for kind in ("noise", "flow"):
         with pytest.raises(ValueError, match=r"shape \(\) for an input of \(2,\)"):
@@ -549,7 +549,7 @@ def test_only_an_integer_denoiser_of_bin_centres_decodes() -> None:
             other.decoder_nats(y, t, k)
     with pytest.raises(ValueError, match="Net has no field outputs"):
         Adapter(Net(), VP(), "levels", levels=5)
-    with pytest.raises(ValueError, match="levels is 0 .*: give an integer of at least 2"):
+    with pytest.raises(ValueError, match="levels is 0:.* give an integer of at least 2"):
         Adapter(Logits(5), VP(), "levels")
 
 
@@ -763,13 +763,13 @@ def test_a_network_of_the_wrong_shape_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"parameterization": "speed"}, "parameterization is 'speed' "),
-        ({"label": "beta"}, "label is 'beta' "),
-        ({"data_std": 0.0}, "data_std is 0.0 "),
-        ({"data_std": float("nan")}, "data_std is nan "),
+        ({"parameterization": "speed"}, "parameterization is 'speed': "),
+        ({"label": "beta"}, "label is 'beta': "),
+        ({"data_std": 0.0}, "data_std is 0.0: "),
+        ({"data_std": float("nan")}, "data_std is nan: "),
         ({"eps": 0.0}, "eps=0.0"),
         ({"eps": 1.0}, "eps=1.0"),
-        ({"log_snr_range": (5.0, 5.0)}, r"log_snr_range is \(5.0, 5.0\) "),
+        ({"log_snr_range": (5.0, 5.0)}, r"log_snr_range is \(5.0, 5.0\): "),
     ],
 )
 def test_impossible_adapters_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -781,7 +781,7 @@ def test_impossible_adapters_are_refused(arguments: dict[str, Any], message: str
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("inf"), float("nan")])
 def test_impossible_standard_deviations_are_refused(bad: float) -> None:
     """An infinite one gives infinite scores, and a lower learning rate would not help."""
-    message = f"data_std is {bad} .* that is positive and finite"
+    message = f"data_std is {bad}:.* that is positive and finite"
     with pytest.raises(ValueError, match=message):
         Adapter(Net(), VP(), data_std=bad)
     with pytest.raises(ValueError, match=message):

@@ -134,7 +134,7 @@ def test_a_solver_that_ignores_its_tolerance_is_not_converged(
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), 0.0, -1.0])
 @pytest.mark.parametrize("name", ["rtol", "atol", "first_step", "power"])
 def test_numbers_of_a_solver_are_positive_and_finite(name: str, bad: float) -> None:
-    with pytest.raises(ValueError, match=f"{name} is {bad} .*: give a number"):
+    with pytest.raises(ValueError, match=f"{name} is {bad}: give a number"):
         Solver(**{name: bad})
 
 

@@ -32,8 +32,8 @@ def coefficients(sde: SDE, t: Number) -> tuple[float, float]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """x_0 ~ N(mean, basis diag(eigenvalues) basis^T); an example may have any shape with d
-    entries."""
+    """Normal data, whose score and density are known: x_0 ~ N(mean, C) with C = basis
+    diag(eigenvalues) basis^T, ``(d, d)``. An example may have any shape with d entries."""
 
     sde: SDE = dataclasses.field(metadata={"static": True})
     mean: Array

@@ -188,9 +188,9 @@ def steps_rows(name: str) -> Iterator[Row]:
 
 
 def draws_rows(name: str) -> Iterator[Row]:
-    """Random probes, and the error bar of their noise; times of a bound, and theirs.
+    """Rows about random draws: log p with one probe, a bound with one time, and their error bars.
 
-    A bound is computed for copies of one example, so that each copy has the same expectation."""
+    The bound is computed for copies of one example, so that each copy has the same expectation."""
     data, n = oracle.mixture(FAR, 3), 4096
     x = data.sample(0, n)
     of = replace(density(data, FAR, 3), trace=Trace("rademacher", 1), subset=n)

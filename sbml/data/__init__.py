@@ -24,7 +24,7 @@ from sbml.data._examples import (
     part,
 )
 from sbml.data._pipeline import prefetch, spread, train_batches
-from sbml.registry import Registry, subclass
+from sbml.registry import Registry, hint, subclass
 
 __all__ = [
     "CROPS",
@@ -73,7 +73,8 @@ def source_of(name: str) -> tuple[type[Source], str]:
     kind = SOURCES[short] if short in SOURCES.places else None
     if kind is None or not kind.collection == bool(dataset) == bool(colon):
         choices = (f"{k}:<set>" if SOURCES[k].collection else k for k in sorted(SOURCES))
-        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(choices)}")
+        remedy = f"choose one of {', '.join(choices)}"
+        raise ValueError(f"unknown data set {name!r}: {hint(name, SOURCES, remedy)}")
     return kind, dataset
 
 

@@ -201,7 +201,7 @@ class Estimator(abc.ABC):
         """
 
     def scale_nats(self, target: Target, shape: tuple[int, ...]) -> float:
-        """The term ``scale`` in nats."""
+        """The term ``scale`` in nats: that of the change from pixels to x (``sbml.estimators``)."""
         return target.scale_nats(shape)
 
     def points(self, seed: int, sweep: int, n: int) -> np.ndarray | None:

@@ -45,7 +45,7 @@ def log_p(baselines: Sequence[Baseline], rows: Rows) -> dict[str, np.ndarray]:
 
 
 def fit(train: np.ndarray, validation: np.ndarray) -> list[Baseline]:
-    """The baselines of the rows ``train (n, d)``, with settings chosen on ``validation (k, d)``."""
+    """Baselines, fitted to all rows; ``validation (k, d)`` decides between their settings."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
     from sklearn.neighbors import KernelDensity

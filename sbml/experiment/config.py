@@ -32,7 +32,7 @@ from sbml.experiment.optim import Optim
 from sbml.experiment.sampling import CorrectorChoice, Latents, SamplerChoice, Sampling
 from sbml.experiment.score import Network, Process, Score
 from sbml.experiment.training import Training
-from sbml.registry import hint
+from sbml.registry import hint, listed
 from sbml.runtime import refusals
 from sbml.runtime.workdir import Workdir
 from sbml.scalars import notation
@@ -192,14 +192,13 @@ def path_of(config: str) -> pathlib.Path:
         return known[config]
     if path.is_dir() or config != path.stem:
         what = "a folder" if path.is_dir() else "no file"
+        beside = map(str, path.parent.glob("*.py"))
         raise ValueError(
-            f"--config={config} is {what}: give a file such as configs/digits_vp.py"
-            f"{hint(config, list(map(str, path.parent.glob('*.py'))))}"
+            f"--config={config} is {what}: "
+            + hint(config, beside, "give a file such as configs/digits_vp.py")
         )
-    raise ValueError(
-        f"--config={config}: no config has this name; choose from {', '.join(known)}, or give the "
-        f"path of a file{hint(config, known)}"
-    )
+    remedy = f"choose from {listed(config, known)}, or give the path of a file"
+    raise ValueError(f"--config={config}: no config has this name; {hint(config, known, remedy)}")
 
 
 def load(config: str) -> ConfigDict:

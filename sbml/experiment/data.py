@@ -1,5 +1,6 @@
 """``config.data``: the images of a run, and how they become numbers in [-1, 1]."""
 
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
 from sbml import data
@@ -67,9 +68,11 @@ class Data(Chosen):
             return data.source_of(name)[0]
 
     def check(self) -> None:
-        """Check that a folder's images are square with 256 levels, and that ``validation`` is a
-        fraction or a whole number."""
+        """Check that an image is not huge, that a folder's images are square with 256 levels, and
+        that ``validation`` is a fraction or a whole number."""
         height, width, channels = self.shape
+        if math.prod(self.shape) > 2**26:  # No device has the memory for a network.
+            raise refusal(self.name_of("shape"), self.shape, "at most 2^26 numbers in one image")
         if self.source == "image_folder" and (height != width or self.levels != 256):
             raise ValueError(
                 f"data.shape={height},{width},{channels} with data.levels={self.levels}: images of "

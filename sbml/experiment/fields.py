@@ -27,7 +27,7 @@ import pydantic
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, Field
 
-from sbml.registry import Registry, hint
+from sbml.registry import Registry, hint, listed
 from sbml.scalars import notation
 
 # Steps, images and draws are int32 numbers on the devices. A field of one of these types must not
@@ -118,9 +118,8 @@ def needs(annotation: Any, rules: Collection[Any] = (), plural: bool = False) ->
     for choice in (getattr(rule, "func", None) for rule in rules):
         if isinstance(choice, Among):
             names = ", ".join(sorted(filter(None, choice.choices)))
-            return (
-                ("" if plural else "one ") + f"of {names}" + ", or nothing" * ("" in choice.choices)
-            )
+            nothing = ", or nothing" * ("" in choice.choices)
+            return f"{'' if plural else 'one '}of {names}{nothing}"
     kinds_in_words = {bool: "True or False", str: "text", int: "an integer", float: "a number"}
     kinds_in_words |= {int: "integers", float: "numbers", str: "names"} if plural else {}
     limits = []
@@ -260,8 +259,9 @@ def _line(kind: type[Section], values: Mapping[str, Any], error: Any) -> str:
 
 def unknown(section: str, name: str, fields: Collection[str]) -> str:
     """The message for a field that ``section`` does not have."""
-    where, names = f"config.{section}".rstrip("."), ", ".join(sorted(fields)) or "none"
-    return f"{where} has no field {name}: it has {names}{hint(name, fields)}"
+    where, own = f"config.{section}".rstrip("."), f"{section}.".lstrip(".")
+    names = listed(name, sorted(fields)) or "none"
+    return f"{where} has no field {name}: {hint(name, fields, f'it has {names}', own)}"
 
 
 @functools.cache

@@ -6,7 +6,6 @@ documentation.
 
 import inspect
 import re
-import textwrap
 import typing
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,8 +13,9 @@ from typing import NamedTuple
 from sbml import door
 from sbml.experiment.config import Config
 from sbml.experiment.fields import Chosen, Section, needs
-from sbml.registry import hint
-from sbml.scalars import Number, notation
+from sbml.registry import hint, listed
+from sbml.runtime import refusals
+from sbml.scalars import notation
 
 
 class Row(NamedTuple):
@@ -46,8 +46,7 @@ def rows(section: Section) -> list[Row]:
             wanted = needs(known[name].annotation, known[name].metadata)
         else:
             own = typing.get_type_hints(_origin(section), include_extras=True)[name]
-            wanted = door.needs(own).replace(door.needs(Number), "a number")
-            wanted = wanted.replace("a number, ", "a number ")
+            wanted = door.needs(own)
             meaning = f"field of {_choice(section) or 'its class'}"
         wanted = "True or False" if wanted == "bool" else wanted
         found.append(Row(section.name_of(name), notation(value), wanted, meaning))
@@ -75,9 +74,25 @@ def overview() -> list[str]:
 
 def entry(head: str, meaning: str) -> str:
     """A flag and its meaning in two columns, for a terminal."""
-    lines = textwrap.wrap(meaning.replace("``", ""), 71)
-    first = f"  {head:26} " if len(head) <= 26 else f"  {head}\n{'':29}"
-    return first + f"\n{'':29}".join(lines)
+    body = refusals.wrapped(f"{'':29}{plain(meaning)}", hang=0)
+    return f"  {head:26} {body[29:]}" if len(head) <= 26 else f"  {head}\n{body}"
+
+
+def plain(text: str) -> str:
+    """A docstring without its markup: the words of ``x`` and :func:`x`."""
+    return re.sub(r"(?::[\w:]+:)?(`+)~?(.+?)\1", r"\2", text)
+
+
+def filled(text: str, indent: int) -> str:
+    """A docstring with an indentation, for a terminal. Formulas and tables keep their lines."""
+    lines = []
+    for part in plain(text).split("\n\n"):
+        if not part.startswith("    "):  # Prose, or a list, whose items go on after four spaces.
+            part = re.sub(r"(?<!:)\n(?:    |(?=\S))", " ", part)
+        for line in [*part.split("\n"), ""]:
+            hang = 2 if line.startswith(" ") else 0
+            lines.append(refusals.wrapped(" " * indent + line, hang=hang))
+    return "\n".join(lines[:-1])
 
 
 def text(name: str) -> str:
@@ -88,24 +103,21 @@ def text(name: str) -> str:
     """
     known = dict(sections())
     if name not in known:
-        raise ValueError(f"--help={name}: choose from {', '.join(known)}{hint(name, known)}")
+        choices = f"choose from {listed(name, known)}"
+        raise ValueError(f"--help={name}: {hint(name, known, choices)}")
     lines = []
     for section_name, section in known.items():
         if name != "config" and not f"{section_name}.".startswith(f"{name}."):
             continue
-        about = f"{section_name}: {_first_sentence(section)}".replace("``", "")
-        lines.append(f"\n{textwrap.fill(about, 92)}\n")
+        lines.append(f"\n{filled(f'{section_name}: {_first_sentence(section)}', 0)}\n")
         for row in rows(section):
             lines.append(f"  --config.{row.name}={row.default}")
             wanted = f"{row.meaning} ({row.needs})" if row.needs else row.meaning
-            lines += textwrap.wrap(
-                wanted.replace("``", ""), 92, initial_indent=" " * 6, subsequent_indent=" " * 6
-            )
+            lines.append(refusals.wrapped(f"{'':6}{plain(wanted)}", hang=0))
         origin = _origin(section)
         if origin is not None:
-            about = (inspect.getdoc(origin) or "").replace("``", "")
             lines.append(f"\n  {_choice(section) or origin.__name__}:\n")
-            lines.append(textwrap.indent(about, "      "))
+            lines.append(filled(inspect.getdoc(origin) or "", 6))
     return "\n".join(lines)
 
 

@@ -78,4 +78,7 @@ def run(names: str, config: Any, workdir: str, **flags: str) -> None:
 
 def parameters_of(mode: Mode) -> set[str]:
     """The names of the parameters of a mode."""
-    return set(inspect.signature(mode).parameters)
+    try:
+        return set(inspect.signature(mode).parameters)
+    except ValueError:
+        raise ValueError(f"mode {mode}: give a function whose parameters Python can tell") from None

@@ -61,7 +61,7 @@ def audited(estimator: Estimator, options: Mapping[str, Any]) -> Report:
 
 
 def results() -> tuple[list[Report], list[Report], list[Row]]:
-    """The reports about our estimators, those about the mistakes, and the rows."""
+    """Reports about the package's estimators, reports about planted mistakes, and the rows."""
     first = dict(itertools.islice(WORLDS.items(), 1))
     jobs: list[Callable[[], Any]] = [partial(audited, *each) for each in OURS.items()]
     jobs += [partial(audited, each.estimator, {"worlds": first}) for each in MISTAKES]

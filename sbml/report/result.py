@@ -254,19 +254,20 @@ class Result:
 
     @property
     def line(self) -> str:
-        """The number and its error bars, for a terminal."""
+        """The number and its error bars, for a terminal, and the remedy if it has not converged."""
         low, high = self.interval
         prior = ""
         if self.prior_error is not None and self.prior_error_each is not None:
             prior = PriorError(self.prior_error, self.prior_error_each).line("bits/dim")
         mark = " NOT CONVERGED" if self.converged is False else ""
+        remedy = f"; {self.unconverged.rpartition('; ')[2]}" if self.unconverged else ""
         if self.tail is not None and self.tail > intervals.HEAVY:
             mark = " HEAVY TAILS"
         return (
             f"{self.name:24s} {self.bits_per_dim:z.4f} bits/dim{mark} at "
             f"t={notation(self.smallest_time, '.3g')} on {self.data} {self.split}, 95% interval "
             f"[{low:z.4f}, {high:z.4f}], for these images "
-            f"+-{self.this_set_ci95:.4f}, n={self.n}{prior}"
+            f"+-{self.this_set_ci95:.4f}, n={self.n}{remedy}{prior}"
         )
 
 

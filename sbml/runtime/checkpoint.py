@@ -136,7 +136,7 @@ class Checkpoints:
         return sorted(d.step for d in step_lib.standard_name_format().find_all(self.directory))
 
     def newest(self) -> str:
-        """The newest complete checkpoint in words, for a message that says where a run goes on."""
+        """The newest complete checkpoint in words, for messages about where a run continues."""
         steps = self.steps()
         return f"the newest checkpoint, {self.directory / str(steps[-1])}" if steps else "the start"
 
@@ -155,12 +155,12 @@ class Checkpoints:
         return None
 
     def save(self, step: int, state: PyTree, metadata: Json) -> bool:
-        """Save ``state`` in the background; it may be donated as soon as this returns.
+        """Save ``state`` in the background. Its arrays may be donated as soon as this returns.
 
         The call waits for an earlier save, for the copy to the host and for the CRC32s (a second or
-        less for a gigabyte). A failure in the background, of any kind, shows in the next call.
-        ``wait`` raises it. In a single process ``save`` logs it, and ``close`` raises an
-        UnsavedCheckpointError; with several processes, both raise the failure itself.
+        less for a gigabyte). If the save fails later, in the background, the next call tells it:
+        ``wait`` raises the error. In a single process ``save`` logs it, and ``close`` raises an
+        UnsavedCheckpointError; with several processes, both raise the error itself.
 
         Checkpoints that ``restore`` found to be damaged are first moved to
         ``<directory>.damaged/<step>-<time>``. They then do not count as kept, and their steps can

@@ -123,8 +123,8 @@ def json_line(value: Mapping[str, object]) -> str:
 
 
 def without_crc32(text: str | bytes) -> Json:
-    """The object that :func:`with_crc32` received, from its JSON text; a ValueError if it has no
-    checksum or another one."""
+    """The object that was given to :func:`with_crc32`, read from its JSON ``text``. A ValueError
+    says that the text has no checksum, or that the checksum is wrong."""
     value = json.loads(text)
     if not isinstance(value, dict) or CRC32 not in value:
         raise ValueError(f"it has no {CRC32}")

@@ -108,7 +108,7 @@ class MetricsWriter:
                 self._board.write(step, *(summary.scalar(*item) for item in values.items()))
 
     def amend(self, step: int, values: dict[str, float]) -> None:
-        """Add ``values`` to the last row, if it is that of ``step`` and lacks them."""
+        """Add ``values`` to the last row, unless it is of another step or already has them."""
         from tensorboardX import summary
 
         last = self._rows[-1] if self._rows else {}

@@ -7,8 +7,12 @@ program, so its traceback is shown.
 
 import os
 import re
+import shutil
+import sys
+import textwrap
 import traceback
 from pathlib import Path
+from typing import Any, TextIO
 
 from absl import app
 
@@ -34,6 +38,29 @@ def line(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.strerror:  # Words, without the number of the error.
         text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
     return f"{type(error).__name__}: {readable(text)}"
+
+
+def exit_line(error: SystemExit) -> str | None:
+    """The line about code of another package that ended the program; None if this package did."""
+    frames = [(f.f_globals["__name__"], f) for f, _ in traceback.walk_tb(error.__traceback__)]
+    name, frame = [f for f in frames if f[0].partition(".")[0] not in sys.stdlib_module_names][-1]
+    file = frame.f_code.co_filename
+    said = f"SystemExit: {name} called sys.exit({error.code!r}) in {file}: raise a ValueError there"
+    return None if PACKAGE in Path(file).parents else fitted(readable(said))
+
+
+def fitted(text: str, stream: TextIO | None = None) -> str:
+    """``text`` for ``stream``, or stderr; in a terminal, long lines are :func:`wrapped`."""
+    is_live, lines = (stream or sys.stderr).isatty(), text.split("\n")
+    width = shutil.get_terminal_size().columns if is_live else len(text)
+    return "\n".join(each if len(each) <= width else wrapped(each, width) for each in lines)
+
+
+def wrapped(line: str, width: int = 80, hang: int = 2) -> str:
+    """``line``, wrapped between words. The new lines have ``hang`` more spaces before them."""
+    indent = " " * (len(line) - len(line.lstrip()) + hang)
+    whole: Any = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(line, width, subsequent_indent=indent, **whole)
 
 
 def readable(text: str) -> str:

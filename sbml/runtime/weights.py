@@ -42,10 +42,10 @@ _SAFETENSORS: dict[str, np.dtype] = {
 
 
 def read(path: epath.PathLike, kind: str) -> dict[str, PyTree]:
-    """What is in the file ``path``, which is of this ``kind``.
+    """The arrays in the file ``path`` by their names; ``kind`` is the format of the file.
 
     Raises:
-      ValueError: the file is damaged, is of another kind, or has more than arrays.
+      ValueError: the file is damaged, has another format, or contains other objects than arrays.
     """
     content = epath.Path(path).read_bytes()
     try:

@@ -86,7 +86,7 @@ class ODE(Chain):
         return (self.solver.fixed_steps or self.solver.max_steps) * (step + start)
 
     def stretch(self, sde: SDE) -> Number:
-        """See ``Chain``: the solve begins at T."""
+        """See ``Chain``. It is 1, because the ODE is solved from T, where the latent is."""
         return 1.0
 
     def times(self, sde: SDE, eps: Number) -> Times:

@@ -259,7 +259,7 @@ class SDE(Kernel):
         return self.std(t) * jnp.sqrt(self.rate(t))
 
     def time(self, log_snr: Elementwise) -> Elementwise:
-        """t of a log-SNR: the inverse of ``log_snr``, elementwise."""
+        """The time t at which the log-SNR is ``log_snr``, elementwise; the inverse function."""
         return inverse(self.log_snr, log_snr, self.T)
 
     @property
@@ -384,7 +384,7 @@ class ClosedForm(SDE):
 @typed
 @dataclasses.dataclass(frozen=True)
 class Schedule(SDE):
-    """The SDE with x_t = alpha(t) x_0 + sigma(t) z; everything else is derived.
+    """The SDE with x_t = alpha(t) x_0 + sigma(t) z; alpha and sigma determine everything else.
 
         sde = Schedule(lambda t: 1 - t**2, lambda t: t)
 

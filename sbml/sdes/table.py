@@ -122,7 +122,7 @@ SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 @typed
 @dataclasses.dataclass(frozen=True)
 class BetaSchedule(_Interpolated):
-    """The noise levels of diffusers' DDPM and DDIM schedulers, a_i = prod_{j <= i} (1 - beta_j):
+    """The levels i = 0 .. n - 1 of diffusers' DDPM and DDIM: alpha_i^2 = prod_{j <= i} (1 - beta_j)
 
         linear             beta_i from beta_start to beta_end (DDPM)
         scaled_linear      sqrt(beta_i) from sqrt(beta_start) to sqrt(beta_end)
@@ -130,7 +130,7 @@ class BetaSchedule(_Interpolated):
         squaredcos_cap_v2  1 - beta_i = f(i + 1) / f(i), but beta_i is at most 0.999;
                            f(i) = cos^2(pi / 2 (i / n + 0.008) / 1.008)
 
-    Time 0 is the first noise level. The number of steps is n.
+    Their number n is ``steps``. Time 0 is level 0, which has the least noise.
 
     References: Ho et al. 2020; Nichol & Dhariwal 2021.
     """

@@ -888,7 +888,7 @@ def _check_lost(check: Callable[..., None], n: int, how: Any, lost: Array) -> No
 def _check_folds(n: int, sampler: Chain, lost: Any) -> None:
     if lost:
         raise ValueError(
-            f"{int(lost)} of {n} samples have no density: a step of {sampler} folds space, or is "
+            f"{int(lost)} of {n} samples have no density: a step of {type(sampler).__name__} folds space, or is "
             "not finite; take more steps, or another sampler"
         )
 

@@ -104,8 +104,8 @@ class PriorError(NamedTuple):
     def line(self, unit: str) -> str:
         """The error in ``unit``, as a line of its own below the number."""
         return (
-            f"\n    the prior in place of p_T changes the mean by {notation(self.mean, '.2g')} "
-            f"{unit}, KL(p_T || pi), and one example by about {notation(self.each, '.2g')}"
+            f"\n    error of the prior: {notation(self.mean, '.2g')} {unit} in the mean, "
+            f"KL(p_T || pi), and about {notation(self.each, '.2g')} in one example"
         )
 
 

@@ -888,8 +888,8 @@ def _check_lost(check: Callable[..., None], n: int, how: Any, lost: Array) -> No
 def _check_folds(n: int, sampler: Chain, lost: Any) -> None:
     if lost:
         raise ValueError(
-            f"{int(lost)} of {n} samples have no density: a step of {type(sampler).__name__} folds space, or is "
-            "not finite; take more steps, or another sampler"
+            f"{int(lost)} of {n} samples have no density: a step of {type(sampler).__name__} folds "
+            "space, or is not finite; take more steps, or another sampler"
         )
 
 

@@ -6,7 +6,7 @@ What one needs first:
   --config=NAME              A config: the name of a file in configs/, or the
                              path of another one. It is not needed with the
                              --workdir of a run that has a checkpoint.
-  --mode=MODE,...            Modes to run, in order; default: the field mode.
+  --mode=MODE,...            Modes to run, in order; default: config.mode.
   --workdir=DIR              Folder of results; default: runs/<name of config>.
   --trust=NAME,...           Parts of other packages, or packages, whose code
                              may run if only a file of --workdir names them.

@@ -132,7 +132,8 @@ def fits(value: Any, hint: Any) -> bool:
 
 def _message(name: str, given: dict[str, Any], hint: Any) -> str:
     """The message for the argument ``name`` of those that are ``given``."""
-    others = [f"{n} has shape {v.shape}" for n, v in given.items() if n != name and _is_array(v)]
+    arrays = {n: v for n, v in given.items() if n not in (name, "key") and _is_array(v)}
+    others = [f"{n} has shape {v.shape}" for n, v in arrays.items()]
     shapes = f" ({', '.join(others)})" if others and _is_array(given[name]) else ""
     needed = needs(hint, _broken(given[name], hint))
     return f"{name} is {shown(given[name], hint)}: give {needed}{shapes}"

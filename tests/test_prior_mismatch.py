@@ -69,7 +69,8 @@ def test_the_printed_prior_error_is_the_error_of_an_exact_score(sde: SDE, each: 
     prior = result.prior_error
     assert abs(error.mean() + prior.mean) < 4 * prior.each / math.sqrt(n)
     np.testing.assert_allclose(error.std(), prior.each, rtol=0.15)
-    assert f"mean by {notation(prior.mean, '.2g')} nats, KL(p_T" in str(result).splitlines()[1]
+    line = f"error of the prior: {notation(prior.mean, '.2g')} nats in the mean, KL(p_T"
+    assert line in str(result).splitlines()[1]
     assert prior.each == pytest.approx(each, rel=0.02)
 
 

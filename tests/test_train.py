@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -270,6 +271,15 @@ def test_two_processes_give_the_same_losses_and_a_lost_one_is_named(whole, tmp_p
         f"all of them: it goes on from the newest checkpoint, {newest}"
     )
     assert_same_steps(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_two_processes_validate_an_average_that_is_spread_over_them(tmp_path):
+    flags = ("--config.training.num_steps=2", "--config.training.shard_state=True")
+    flags += ("--config.data.validation=40", "--config.training.validate_every=2")
+    for process in two_processes(tmp_path, "--mode=train", *flags):
+        runs.finish(process)
+    assert math.isfinite(metrics.read(tmp_path)[-1]["validation_bits_per_dim"])
 
 
 def test_processes_that_see_other_folders_are_refused(tmp_path):

@@ -15,11 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbml import bits, bound, dequantizers
+from sbml.bound import GaussianControl
 from sbml.data import ImageSet, spread
+from sbml.estimators.base import Target
 from sbml.estimators.bound import Estimator
 from sbml.evaluation.cells import CellRun
 from sbml.evaluation.inputs import Inputs
 from sbml.runtime.parts import compute_once
+from sbml.score import NetworkScore
 from sbml.streams import stream
 from sbml.times import Importance
 
@@ -43,37 +46,41 @@ def measure(inputs: Inputs, run: CellRun) -> dict[str, list[float]]:
         ids, labels = ids[spread(len(ids), count)], inputs.labels(images)
         return images.images[ids], None if labels is None else labels[ids]
 
-    given = {
-        "score": inputs.score,
-        "target": measured.target,
-        "params": run.dequantization.params,
+    images = {
         "train": chosen(inputs.train, np.arange(len(inputs.train))),
         "split": chosen(inputs.images, measured.ids),
-        "control": measured.estimator.reduction.control,
-        "linear": inputs.control,
-        "seed": config.seed,
     }
-    stored = compute_once(inputs.workdir / "eval", "levels", _curves, given)
+    control, linear = measured.estimator.reduction.control, inputs.control
+    bounded = inputs.score, measured.target, run.dequantization.params
+    given = *bounded, images, control, linear, config.seed
+    stored = compute_once(inputs.workdir / "eval", "levels", _curves, *given)
     return {name: value.tolist() for name, value in stored.items()}
 
 
-def _curves(given: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The numbers of :func:`measure`.
+def _curves(
+    score: NetworkScore,
+    target: Target,
+    params: Any,
+    images: dict[str, tuple[np.ndarray, np.ndarray | None]],
+    control: GaussianControl | None,
+    linear: GaussianControl | None,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """The numbers of :func:`measure` for the ``images`` and classes of ``train`` and of ``split``.
 
-    ``given`` has the ``score``, the ``target`` with the ``params`` of its dequantizer, the images
-    and conditions of ``train`` and ``split``, the ``control`` with its coefficients (or None), the
-    ``linear`` Gaussian without them (or None), and the ``seed``.
+    ``params`` are those of the target's dequantizer. ``control`` has the coefficients of the pilot,
+    and ``linear`` is the Gaussian without them.
     """
-    target, control = given["target"], given["control"]
-    sde, count, shape = target.sde, len(given["train"][0]), given["train"][0].shape[1:]
+    assert target.levels is not None  # The images are integers.
+    sde, levels, (count, *shape) = target.sde, target.levels, images["train"][0].shape
     unit = bits.nats_to_bits(1.0, (math.prod(shape),))
     bins = min(BINS, 4 * count)  # Each image has 8 draws, and each bin at least 2.
 
-    def curve(score: Any, pixels: Any, condition: Any, key: Any) -> dict[str, Any]:
-        x = bits.to_model(pixels, 0.5, target.levels)
+    def curve(score: NetworkScore, pixels: Any, condition: Any, key: Any) -> dict[str, Any]:
+        x = bits.to_model(pixels, 0.5, levels)
         if not dequantizers.has_bound(target.dequantizer):
             keys = jax.random.split(stream(key, "dequantization"), count)
-            x, _ = jax.vmap(target.sample, (None, 0, 0))(given["params"], pixels, keys)
+            x, _ = jax.vmap(target.sample, (None, 0, 0))(params, pixels, keys)
         t, _ = Importance(sde, target.eps).at(jnp.arange(bins + 1) / bins)
         edges = sde.log_snr(t)
         options: Any = {"eps": target.eps, "control": control, "bins": bins}
@@ -90,12 +97,12 @@ def _curves(given: dict[str, Any]) -> dict[str, np.ndarray]:
             "edges": edges,
             "mean": unit * (found.mean + mean_error(control)),
             "stderr": unit * jnp.sqrt(found.variance / found.draws),
-            "linear": unit * mean_error(given["linear"]),
+            "linear": unit * mean_error(linear),
         }
 
-    run, key = jax.jit(curve), stream(jax.random.key(given["seed"]), "noise levels")
+    run, key = jax.jit(curve), stream(jax.random.key(seed), "noise levels")
     both = zip(("train", "split"), jax.random.split(key), strict=True)
-    of = {kind: run(given["score"], *given[kind], key) for kind, key in both}
+    of = {kind: run(score, *images[kind], key) for kind, key in both}
     found = {"edges": of["split"]["edges"]}
     for kind, curves in of.items():
         found |= {kind: curves["mean"], f"{kind}_stderr": curves["stderr"]}

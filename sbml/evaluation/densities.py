@@ -45,7 +45,8 @@ def log_p(baselines: Sequence[Baseline], rows: Rows) -> dict[str, np.ndarray]:
 
 
 def fit(train: np.ndarray, validation: np.ndarray) -> list[Baseline]:
-    """Baselines, fitted to all rows; ``validation (k, d)`` decides between their settings."""
+    """The baselines, fitted to the rows ``train (n, d)`` and ``validation (k, d)`` together. Their
+    settings are those of the fit to ``train`` that has the largest log p on ``validation``."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
     from sklearn.neighbors import KernelDensity

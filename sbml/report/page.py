@@ -39,7 +39,7 @@ PIXEL_BUDGET = 150_000  # bytes before compression, for each strip and half the 
 
 KIND = ("estimator", "dequantizer", "num_importance")  # what :func:`label` names
 # The names of the estimators on the page: in headings, and in the headline.
-ESTIMATORS = {"ode": ("ODE", "probability-flow ODE"), "bound": ("bound", "variational bound")}
+ESTIMATORS = {"ode": ("ODE", "probability-flow ODE"), "bound": ("bound", "evidence bound")}
 DETAILS = {"data": "Data fingerprints", "config": "Configuration"}
 SHOWN_ELSEWHERE = {
     *("title", "results", "baselines", "baselines_left_out", "warnings", "command", "missing"),
@@ -350,7 +350,7 @@ def levels_figure(report: Json) -> Figure | None:
     if split == "train":
         del named["training images"]
     curves = {name: values[key] for name, key in named.items() if key in values}
-    areas = [f"{name} {-np.diff(edges) @ curve:.2f}" for name, curve in curves.items()]
+    areas = [f"{name} {area(edges, curve):.2f}" for name, curve in curves.items()]
     caption = (
         "Where the bits of the bound come from: the squared error of the noise prediction at each "
         "ratio of signal to noise, SNR, whose logarithm is natural. The area below a "
@@ -362,6 +362,12 @@ def levels_figure(report: Json) -> Figure | None:
     bars = {name: 1.96 * values[errors[name]] for name in curves if name in errors}
     draw = partial(plots.levels, edges=edges, curves=curves, bars=bars)
     return figure("Loss at each noise level", draw, caption)
+
+
+def area(edges: np.ndarray, curve: np.ndarray) -> float:
+    """The area below a ``curve (bins,)`` of the loss between the ``edges (bins + 1,)``, which fall:
+    the term diffusion, in bits/dim."""
+    return float(-np.diff(edges) @ curve)
 
 
 def figure(

@@ -204,9 +204,8 @@ def gap_of(workdir: Workdir, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     if (levels := evaluation.get("noise_levels")) is not None:
         names = ("edges", "split", "train", "split_stderr", "train_stderr")
         edges, *curves = (np.asarray(levels[name], float) for name in names)
-        width = -np.diff(edges)
-        held_out, train = (float(width @ curve) for curve in curves[:2])
-        half = 1.96 * float(np.linalg.norm(width * np.stack(curves[2:])))
+        held_out, train = (page.area(edges, curve) for curve in curves[:2])
+        half = 1.96 * float(np.linalg.norm(np.diff(edges) * np.stack(curves[2:])))
         found["diffusion"] = {"held_out": held_out, "train": train}
         found["diffusion"] |= {"gap": held_out - train, "ci95": half}
     folder = Workdir(workdir / "train")

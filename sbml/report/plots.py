@@ -18,8 +18,11 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 INK, MUTED, RULE = "#1b2026", "#59616c", "#d9dde3"
 ACCENT, SECOND, WARN = "#1d5fa6", "#c07a00", "#a63a0a"
-PALETTE = {"ink": INK, "muted": MUTED, "rule": RULE, "accent": ACCENT, "warn": WARN}
-PALETTE["second"] = SECOND  # Blue and amber differ for all kinds of colour blindness.
+# Blue (accent) and amber (second) differ for all kinds of colour blindness.
+PALETTE = {
+    **{"ink": INK, "muted": MUTED, "rule": RULE},
+    **{"accent": ACCENT, "second": SECOND, "warn": WARN},
+}
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 8.5,

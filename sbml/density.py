@@ -36,7 +36,8 @@ leading axis. A list of numbers is an array.
 
     log p(y) = log p(x) + log |det df^-1/dy|,      x = f^-1(y)
 
-Measurements compute the transform in float64 (``sbml.transforms``).
+It is computed in float64, except inside ``jit``, ``grad`` or ``vmap``, which refuse a transform for
+which float32 is too coarse (``sbml.transforms``).
 
 *Compilation.* A program is compiled once, also for a function that is made anew for each call
 (``sbml.arguments``).
@@ -221,23 +222,23 @@ class Density:
           ValueError: ``x`` has another shape, there is no key to draw probes, or the score computes
             in half precision.
         """
-        y = jnp.asarray(x, jnp.result_type(float))
-        count = y.ndim - len(self.shape)
-        if count < 0 or y.shape[count:] != self.shape:
-            raise ValueError(f"x has shape {y.shape}: give (..., {str(self.shape)[1:-1]})")
-        batch = y.shape[:count]
-        y = y.reshape(-1, *self.shape)
-        x, log_det = transforms.inverse(self.transform, y)
+        count = x.ndim - len(self.shape)
+        if count < 0 or x.shape[count:] != self.shape:
+            raise ValueError(f"x has shape {x.shape}: give (..., {str(self.shape)[1:-1]})")
+        batch = x.shape[:count]
+        y = x.reshape(-1, *self.shape)
+        z, log_det = transforms.exactly(transforms.inverse, self.transform, y)
         conditions = self._conditions(condition, batch)
         keys = None if key is None else jax.random.split(key, len(y))
-        logp = self._each(_log_prob, (x, keys), conditions)
-        return (logp + log_det).reshape(batch)
+        logp = self._each(_log_prob, (jnp.asarray(z, jnp.result_type(float)), keys), conditions)
+        return jnp.asarray(logp + log_det, logp.dtype).reshape(batch)
 
     @checked
     def sample(self, key: Key, n: Count, condition: Any = None) -> Anything:
         """``n`` samples ``(n, *shape)``: uint8 integers if there are ``levels``, else floats.
 
-        Continuous samples are of p_eps. Integers are rounded from E[x_0 | x_eps].
+        Continuous samples are of p_eps, with a transform in float64 (NumPy). Integers are rounded
+        from E[x_0 | x_eps].
 
         Raises:
           ValueError: there are more than 256 levels, or a sample of integers is not finite, because
@@ -248,12 +249,10 @@ class Density:
         conditions, keys = self._conditions(condition, (n,)), jax.random.split(key, n)
         x = self._each(_sample, (keys,), conditions, denoise=self.levels is not None)
         if self.levels is None:
-            y = transforms.forward(self.transform, x)
-            transforms.check(self.transform, y)
-            return y
+            return self._data(x)[0]
         # A lost sample must not pass for a black image.
         lost = jnp.sum(~jnp.isfinite(x).reshape(n, -1).all(axis=1))
-        _check_lost(_check_samples, n, self.solver, lost)
+        pytrees.when_known(functools.partial(_check_samples, n, self.solver), lost)
         return bits.to_pixels(x, self.levels)
 
     @checked
@@ -294,11 +293,10 @@ class Density:
             )
         x, logp = self._each(_sample_and_log_prob, (keys,), conditions, sampler=sampler)
         if sampler is not None:
-            _check_lost(_check_folds, n, sampler, jnp.sum(jnp.isnan(logp)))
-        if self.transform is None:
-            return x, logp
-        y = transforms.forward(self.transform, x)
-        return y, logp + transforms.inverse(self.transform, y)[1]
+            check = functools.partial(_check_folds, n, sampler)
+            pytrees.when_known(check, jnp.sum(jnp.isnan(logp)))
+        y, log_det = self._data(x)
+        return y, jnp.asarray(logp + log_det, logp.dtype)
 
     @checked
     def sample_path(
@@ -332,8 +330,13 @@ class Density:
     def _with_transform(self, path: Path, found: PathLogProb) -> PathLogProb:
         if self.transform is None:
             return found
-        y = transforms.forward(self.transform, path.x[:, -1])
-        return found._replace(transform=transforms.inverse(self.transform, y)[1])
+        log_det = jnp.asarray(self._data(path.x[:, -1])[1], found.prior.dtype)
+        return found._replace(transform=log_det)
+
+    def _data(self, x: Anything) -> tuple[Anything, Anything]:
+        """The data y of ``x (n, *shape)`` in the scale of the score, and log |det df^-1/dy|."""
+        y = transforms.exactly(transforms.forward, self.transform, x)
+        return y, transforms.exactly(transforms.inverse, self.transform, y)[1]
 
     def _each(
         self, f: Callable[..., Any], rows: tuple[Any, ...], conditions: Any, **constants: Any
@@ -571,6 +574,7 @@ class Density:
                 f"trace={self._trace}: the noise of probes biases importance weights; give "
                 "Density(trace=Trace('exact'))"
             )
+        transforms.check_spacing(self.transform, self.shape)
         conditions = self._conditions(condition, (n,))
         x, logp = self.sample_and_log_prob(key, n, condition, sampler=sampler)
         u = np.asarray(_each(log_target, x, self.batch_size), float)
@@ -875,14 +879,6 @@ class WithLatent(ode_estimator.Estimator):
         terms, found = self.solved(score, params, data, key, target)
         zero = jnp.zeros(())
         return {**terms, "importance": zero, "latent": found.z}, found.stats.nfe
-
-
-def _check_lost(check: Callable[..., None], n: int, how: Any, lost: Array) -> None:
-    """``check(n, how, lost)``, also under ``jit``, where it is called when ``lost`` is known."""
-    if isinstance(lost, jax.core.Tracer):
-        jax.debug.callback(functools.partial(check, n, how), lost)
-    else:
-        check(n, how, lost)
 
 
 def _check_folds(n: int, sampler: Chain, lost: Any) -> None:

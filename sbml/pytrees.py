@@ -90,3 +90,11 @@ def in_batches(
         return batch, jax.tree.map(lambda a: np.asarray(a)[: len(batch)], rows)
 
     return (rows_of(ids[start : start + size]) for start in range(0, len(ids), size))
+
+
+def when_known(check: Callable[[PyTree], None], value: PyTree) -> None:
+    """Call ``check(value)``, in a compiled function when it has computed the array ``value``."""
+    if isinstance(value, jax.core.Tracer):
+        jax.debug.callback(check, value)
+    else:
+        check(value)

@@ -4,8 +4,9 @@
 
 A transform f is a bijection of one example with the methods ``forward`` (or ``transform``) and
 ``inverse_and_log_det``, as in distrax and flowjax. The functions of this file also take None for
-the identity. Measurements compute it :func:`in_float64`, because data such as dates in seconds
-differ only in digits that float32 does not have.
+the identity. It is computed :func:`in_float64`, because data such as dates in seconds differ only
+in digits that float32 does not have. Functions that JAX traces cannot do this: there, neighbours of
+float32 must be closer than ``SPACING`` in x.
 """
 
 import math
@@ -16,8 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbml import pytrees
 from sbml.door import shown
 from sbml.types import Array
+
+SPACING = 1e-3  # x is about one unit wide, so this changes log p by about as much, in nats
 
 
 def forward(f: Any, x: Array) -> Array:
@@ -55,6 +59,45 @@ def in_float64(function: Callable[..., Any], f: Any, data: np.ndarray) -> Any:
     with jax.enable_x64(True):
         found = function(jax.tree.map(exact, f), jnp.asarray(data, jnp.float64))
         return jax.tree.map(np.asarray, found)
+
+
+def exactly(function: Callable[..., Any], f: Any, data: Any) -> Any:
+    """``function(f, data)`` :func:`in_float64`. If ``f`` or ``data`` are traced by JAX, it is
+    computed in JAX's default precision.
+
+    Raises:
+      ValueError: in this case, as :func:`check_spacing`.
+    """
+    if f is None:
+        return function(f, data)
+    if isinstance(data, jax.core.Tracer) or isinstance(
+        _spacing(f, data.shape[1:]), jax.core.Tracer
+    ):
+        check_spacing(f, data.shape[1:])
+        return function(f, jnp.asarray(data, jnp.result_type(float)))
+    return in_float64(function, f, data)
+
+
+def _spacing(f: Any, shape: tuple[int, ...]) -> Array:
+    """How far apart in x, in the largest entry, are f(0) and its next larger neighbours."""
+    y = forward(f, jnp.zeros((1, *shape)))[0]
+    here, above = (f.inverse_and_log_det(at)[0] for at in (y, jnp.nextafter(y, jnp.inf)))
+    return jnp.max(jnp.abs(above - here))
+
+
+def check_spacing(f: Any, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError if JAX's default precision is too coarse for data f(x) of this shape."""
+
+    def check(spacing: Any) -> None:
+        if spacing > SPACING:
+            raise ValueError(
+                f"transform={type(f).__name__}: inside jit, grad or vmap its data are in float32, "
+                f"whose neighbours are {spacing:.2g} apart in x, too coarse for log p: call this "
+                'outside of them, or set jax.config.update("jax_enable_x64", True)'
+            )
+
+    if f is not None:
+        pytrees.when_known(check, _spacing(f, shape))
 
 
 def check_methods(f: Any, shape: tuple[int, ...]) -> None:

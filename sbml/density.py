@@ -511,7 +511,7 @@ class Density:
         else:
             data, levels = self._integers(x)
             target = Target(self.sde, self._eps, levels, uniform.Model())
-            log_det, nats = np.zeros(1), self.dims * math.log(2)
+            log_det, nats = np.zeros(len(data)), self.dims * math.log(2)
         conditions = _array(conditions)
         count = _count(conditions)
         log_prior = np.log(_prior(prior, count))

@@ -61,6 +61,8 @@ class Posterior:
         p(c | x), that come from the prior in place of p_T, for the condition where it is largest.
       changed: the share of the examples of the subset whose most probable condition is another one
         by the stricter solve, or with the other draws.
+      subset, strict: the places of the examples of the subset, ``(m,)``, and their log p by the
+        stricter solve, ``(m, C)``.
     """
 
     log_prob: Table
@@ -72,6 +74,8 @@ class Posterior:
     log_prob_prior: float
     prior: float
     changed: float
+    subset: np.ndarray
+    strict: Part
 
     @classmethod
     def of(
@@ -112,6 +116,8 @@ class Posterior:
             log_prob_prior=prior,
             prior=2 * prior * float(np.mean(spread[~lost].max(axis=1))) if each else math.nan,
             changed=changed,
+            subset=subset,
+            strict=strict + log_det[subset, None],
         )
 
     @property

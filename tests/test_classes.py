@@ -12,6 +12,7 @@ import tiny
 from PIL import Image
 from scipy import special
 
+import sbml
 from sbml import data, losses
 from sbml.data import Options
 from sbml.density import Density
@@ -21,6 +22,9 @@ from sbml.modes import eval as evaluate
 from sbml.modes import latents, sample, train, train_dequantizer
 from sbml.networks import NETWORKS
 from sbml.runtime.workdir import EVALUATION, Workdir
+from sbml.types import Array, Key
+
+VP = sbml.VP()
 
 
 def config():
@@ -145,12 +149,34 @@ def test_an_evaluation_has_bits_per_dim_given_the_label_and_the_classifier(train
 
 @pytest.mark.parametrize("accuracy", [0.05, 0.1, 0.15])
 def test_a_classifier_that_is_no_better_than_a_guess_gives_a_warning(accuracy: float) -> None:
-    found = classifier.cautions({"accuracy": accuracy, classifier.GUESS: 0.1})
+    found = classifier.cautions({"accuracy": accuracy, classifier.GUESS: 0.1}, 1e-3)
     assert len(found) == (accuracy <= 0.1)
     assert all(
         f"accuracy of {accuracy}, and guessing the most frequent class has 0.1" in f for f in found
     )
-    assert classifier.cautions({}) == []
+    assert classifier.cautions({}, 1e-3) == []
+
+
+def test_a_classifier_whose_solver_failed_gives_a_warning() -> None:
+    """The score is exact for N(m_c, 1) with m = 0, 1; the solver takes two steps of Euler, and it
+    gives up for the last image."""
+
+    def score(x: Array, t: Array, key: Key | None, c: Array) -> Array:
+        wrong = jnp.where(x.max() > 0.9, jnp.nan, 0.0)
+        return VP.mean_coef(t) * c - x + wrong
+
+    few = sbml.ode.Solver("euler", fixed_steps=2)
+    density = sbml.Density(score, VP, (3,), levels=16, solver=few)
+    pixels, truth = np.random.default_rng(0).integers(2, 12, (8, 3)), np.arange(8) % 2
+    numbers = classifier._numbers(density, pixels, truth, truth)
+    (said,) = classifier.cautions(numbers, 1e-3)
+    assert said.startswith(
+        "NOT CONVERGED: the solver's error of the classifier's bits/dim is up to"
+    )
+    pixels[-1] = 15
+    numbers = classifier._numbers(density, pixels, truth, truth)
+    (said,) = classifier.cautions(numbers, 1e-3)
+    assert said.startswith("the classifier's log p is not finite for 1 of 8 images")
 
 
 @pytest.mark.slow

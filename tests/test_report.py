@@ -433,6 +433,16 @@ def test_a_number_that_rounds_to_0_has_no_minus_sign(tmp_path: Path) -> None:
     assert "-" in shown and not re.search(r"(?<![+e])-0\.0+(?![0-9])", shown)
 
 
+def test_a_line_of_a_table_says_what_cannot_be_trusted() -> None:
+    row = {"name": "model", "log_p": 0.5, "interval": [0.3, 0.7], "chosen": "step 3"}
+    measured = {"this_set_ci95": 0.01, "converged": False}
+    said = "model: log p 0.5000 nats per row [0.3000, 0.7000], for these rows +-0.0100"
+    assert table.line({**row, **measured}) == f"{said} NOT CONVERGED, step 3"
+    assert table.line({**row, **measured, "converged": True}) == f"{said}, step 3"
+    lost = {**row, "difference": np.nan, "difference_interval": [np.nan, np.nan]}
+    assert table.verdict(lost).endswith("log p of some rows is not finite.")
+
+
 def test_every_axis_has_a_name(tmp_path: Path) -> None:
     values = np.linspace(0, 1, 9)
     draws = {

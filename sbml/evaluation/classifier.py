@@ -18,8 +18,11 @@ from sbml.evaluation.inputs import Inputs
 from sbml.intervals import mean_interval
 from sbml.report.result import HALF_WIDTH
 from sbml.runtime.parts import compute_once
+from sbml.scalars import notation
 
 GUESS = "accuracy of guessing the most frequent class"
+LOST = "images whose class is not known"
+SOLVER_ERROR = "solver's error of the bits/dim"
 
 
 def why_none(inputs: Inputs) -> str:
@@ -55,15 +58,33 @@ def classify(inputs: Inputs) -> dict[str, float]:
     return {name: float(value) for name, value in stored.items()}
 
 
-def cautions(found: dict[str, float]) -> list[str]:
-    """Warnings about the numbers of :func:`classify`, which may be empty."""
-    if found and found["accuracy"] <= found[GUESS]:
+def cautions(found: dict[str, float], budget: float) -> list[str]:
+    """Warnings about the numbers of :func:`classify`, which may be empty; ``budget`` is the largest
+    error of the solver in bits/dim that counts as converged."""
+    if lost := found.get(LOST):
         return [
+            f"the classifier's log p is not finite for {lost:.0f} of {found['images']:.0f} images, "
+            "whose class is not known: raise eval.ode.max_steps, or train the model longer"
+        ]
+    errors = [
+        abs(value) + found[f"{name}{HALF_WIDTH}"]
+        for name, value in found.items()
+        if name.startswith(SOLVER_ERROR) and not name.endswith(HALF_WIDTH)
+    ]
+    warnings = []
+    if max(errors, default=0.0) > budget:
+        warnings.append(
+            f"NOT CONVERGED: the solver's error of the classifier's bits/dim is up to "
+            f"{notation(max(errors), '.2g')}, above eval.ode.solver_budget={notation(budget)}: "
+            "lower eval.ode.rtol and eval.ode.atol"
+        )
+    if found and found["accuracy"] <= found[GUESS]:
+        warnings.append(
             f"the classifier has an accuracy of {found['accuracy']:.3g}, and guessing the most "
             f"frequent class has {found[GUESS]:.3g}: the model has not learned the classes, so "
             "train it longer, or classify more images (eval.classifier_images)"
-        ]
-    return []
+        )
+    return warnings
 
 
 def _numbers(
@@ -74,17 +95,31 @@ def _numbers(
     prior = np.bincount(seen) / len(seen)
     found = density.classify(pixels, np.arange(len(prior)), prior, progress=True)
     accuracy, score = found.accuracy(truth), found.log_score(truth)
-    mixture = -special.logsumexp(found.log_prob + np.log(prior), axis=1) / (density.dims * LOG2)
-    given = -found.log_prob[np.arange(len(truth)), truth] / (density.dims * LOG2)
-    return {
+    numbers = {
         "images": float(len(truth)),
         **_with_interval("accuracy", accuracy),
         GUESS: float(prior.max()),
         **_with_interval("-log p(c | k), nats", score),
         "calibration error": found.calibration_error(truth),
-        **_with_interval("bits/dim of the mixture over classes", mean_interval(mixture)),
-        **_with_interval("bits/dim given the label", mean_interval(given)),
+    }
+
+    def mixture(log_p: np.ndarray, truth: np.ndarray) -> Any:
+        return -special.logsumexp(log_p + np.log(prior), axis=1)
+
+    def given(log_p: np.ndarray, truth: np.ndarray) -> Any:
+        return -log_p[np.arange(len(truth)), truth]
+
+    nats, subset = density.dims * LOG2, found.subset
+    for name, of in (("of the mixture over classes", mixture), ("given the label", given)):
+        values = of(found.log_prob, truth) / nats
+        error = values[subset] - of(found.strict, truth[subset]) / nats
+        numbers |= _with_interval(f"bits/dim {name}", mean_interval(values))
+        numbers |= _with_interval(f"{SOLVER_ERROR} {name}", mean_interval(error))
+    return {
+        **numbers,
+        "error of the prior for one image, bits/dim": found.log_prob_prior / nats,
         "share of images whose class changes with a stricter solver or new draws": found.changed,
+        LOST: float(len(found.lost)),
     }
 
 

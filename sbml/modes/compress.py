@@ -64,14 +64,16 @@ def run(trained: Trained, preemption: Preemption, source: str = "") -> Workdir:
         **coding.lengths(codec, state.words.size, len(content), pixels.size),
         "bound": bound.mean,
         "bound_stderr": bound.this_set.stderr,
+        "bound_ci95": bound.this_set.ci95,
     }
+    warnings = [f"bound: {each}" for each in bound.warnings("eval.bound.")]
     counts = {"count": len(pixels), "bytes": len(content), "steps": chain.steps, "lanes": lanes}
     checksum = {
         "parameters_crc32": trained.parameters_crc32,
         "pixels_crc32": header.pixels_crc32,
         "restored": 0,
     }
-    workdir.write(CODEC, {**counts, **lengths, **checksum})
+    workdir.write(CODEC, {**counts, **lengths, **checksum, "warnings": warnings})
     resumable.remove()
     print(
         f"compressed: {len(pixels)} of {len(pixels)} images to {workdir / IMAGES}\n"
@@ -81,8 +83,8 @@ def run(trained: Trained, preemption: Preemption, source: str = "") -> Workdir:
         f"  bound    {bound.mean:.4f} +- {bound.this_set.ci95:.4f} bits/dim in {chain.steps} steps "
         "for these images"
     )
-    for warning in bound.warnings("eval.bound."):
-        logging.warning("bound: %s", warning)
+    for warning in warnings:
+        logging.warning(warning)
     print(f"compressed in {time.perf_counter() - start:.0f} s")
     return workdir
 

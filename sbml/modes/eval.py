@@ -69,7 +69,7 @@ def run(trained: Trained, preemption: Preemption) -> Workdir:
         print(f"classifier: {name} {text}")
     pairs = zip(runs, numbers, strict=True)
     found = [warning for run, number in pairs for warning in run.warnings(number)]
-    found += classifier.cautions(classified)
+    found += classifier.cautions(classified, config.ode.solver_budget)
     for warning in found:
         logging.warning(warning)
     tables = table.columns(inputs, runs, numbers)

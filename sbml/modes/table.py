@@ -94,13 +94,21 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         choices = [f"step {step} of {config.training.num_steps}", *(b.chosen for b in baselines)]
         results: list[dict[str, Any]] = []
         for (name, values), chosen in zip(logp.items(), choices, strict=True):
-            number, gap = mean_interval(values), mean_interval(logp["model"] - values)
+            number = mean_interval(values) if results else found.population
             result = {"name": name, "log_p": number.mean, "interval": list(number.bounds)}
             if results:
+                gap = mean_interval(logp["model"] - values)
                 result |= {"difference": gap.mean, "difference_interval": list(gap.bounds)}
             results.append({**result, "chosen": chosen})
-        assert found.prior_error
-        results[0] |= {"smallest_time": found.eps, "prior_error": list(found.prior_error)}
+        assert found.prior_error and found.solver_error
+        results[0] |= {
+            "smallest_time": found.eps,
+            "prior_error": list(found.prior_error),
+            "converged": found.converged,
+            "this_set_ci95": found.this_set_ci95,
+            "solver_error": found.solver_error.mean,
+            "solver_error_ci95": found.solver_error.ci95,
+        }
         best = max(results[1:], key=lambda result: result["log_p"])
         key = stream(jax.random.key(config.sampling.seed), "samples")
         drawn = np.asarray(density.sample(key, config.sampling.num_images), np.float64)

@@ -86,6 +86,7 @@ def write(
         warnings.insert(0, warning)
     if (codec := codec_of(workdir, checkpoint)) is not None:
         content["codec"] = codec
+        warnings += codec.get("warnings", [])
     samples, pictures = samples_of(workdir, checkpoint), []
     if samples is not None:
         count, failed = len(samples["images"]), int(np.sum(samples["failed"]))

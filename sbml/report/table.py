@@ -5,6 +5,7 @@ baseline, with the 95% interval of paired values: a positive difference means a 
 """
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +23,11 @@ MARGINALS, PAIRS = 24, 4  # the largest numbers of figures
 def verdict(best: Mapping[str, Any]) -> str:
     """Whether the model beats the ``best`` baseline, in words."""
     (low, high), name = best["difference_interval"], best["name"]
+    if not math.isfinite(best["difference"]):
+        return (
+            f"The model cannot be compared with the best baseline, {name}: log p of some rows is "
+            "not finite."
+        )
     gap = f"{abs(best['difference']):.3f} nats per row"
     said = f"95% interval of the difference {low:+z.3f} to {high:+z.3f}"
     if low > 0:
@@ -43,6 +49,10 @@ def line(result: Mapping[str, Any]) -> str:
     text = (
         f"{result['name']}: log p {result['log_p']:z.4f} nats per row{at} [{low:z.4f}, {high:z.4f}]"
     )
+    if "this_set_ci95" in result:
+        text += f", for these rows +-{result['this_set_ci95']:.4f}"
+    if result.get("converged") is False:
+        text += " NOT CONVERGED"
     if "difference" in result:
         low, high = result["difference_interval"]
         text += f", model minus {result['name']} {result['difference']:+z.4f}"

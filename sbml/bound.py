@@ -118,7 +118,7 @@ class Bound(NamedTuple):
     @property
     def total(self) -> Elementwise:
         """The sum of the terms in nats; its expectation is an upper bound on -log p(x)."""
-        return self.prior + self.diffusion + self.reconstruction
+        return sum(self[1:], start=self[0])
 
 
 @jax.tree_util.register_dataclass

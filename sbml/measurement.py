@@ -17,8 +17,9 @@ which measure the noise of the draws in different ways:
              each minus the median of its example, and from the weights of their times; the larger
              one counts.
 
-The error bars of every number of this package are made here. Evaluation, validation, classifier,
-the bound of the codec and ``Density`` are measurements with other arguments.
+Evaluation, validation, classifier, the bound of the codec and ``Density`` are measurements with
+other arguments, whose error bars are made here. A posterior and importance weights are functions of
+several solves, so ``sbml.posterior`` makes theirs of the solves of this file.
 """
 
 import dataclasses

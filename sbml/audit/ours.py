@@ -2,6 +2,7 @@
 ``Density``, as the numbers of ``--mode=eval`` do."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from sbml.audit.worlds import Denoiser, Images
 from sbml.bound import GaussianControl, Reduction
 from sbml.dequantizers import Dequantizer, decoders, truncated_normal, uniform
 from sbml.divergence import Trace
+from sbml.estimate import Estimate
 from sbml.estimators import bound, ode
 from sbml.estimators.base import Target
 from sbml.ode import Solver
@@ -43,58 +45,68 @@ class Evaluation:
     Attributes:
       estimator, dequantizer: of ``sbml.estimators`` and ``sbml.dequantizers``.
       sweeps: the number of sweeps, each with new draws, over which the number is a mean.
-      n_times: the number of times of a bound for each image in a sweep.
-      control: whether a Gaussian control is fitted to the images.
-      proposal: how a bound draws its times (``sbml.times.PROPOSALS``).
+      control: whether a Gaussian control of a bound is fitted to the images.
       tau: for noise around bin centres, half a bin in standard deviations of the noise at the
         smallest time.
+      batch: the number of images that are computed at once.
       without: the names of terms that are left out.
     """
 
     estimator: bound.Estimator | ode.Estimator
     dequantizer: Dequantizer
     sweeps: int = 1
-    n_times: int = 16
     control: bool = False
-    proposal: str = "importance"
     tau: float = discrete.TAU
+    batch: int = BATCH
     without: tuple[str, ...] = ()
 
     def __call__(
         self, denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int
     ) -> np.ndarray:
+        return np.asarray(self.with_error_bar(denoiser, schedule, pixels, seed).values)
+
+    def with_error_bar(
+        self, denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int
+    ) -> Numbers:
+        """The numbers, with the error bar of the draws if there are several sweeps."""
         sde, levels, estimator = schedule.sde, schedule.levels, self.estimator
-        eps, size = EPS, BATCH if hasattr(estimator, "trace") else BATCH_WITHOUT_TRACE
+        eps = EPS
         if self.dequantizer.at_noise:
             eps = float(discrete.smallest_time(sde, levels, EPS, self.tau))
-        options: dict[str, Any] = {"solver": SOLVER}
-        if estimator.is_bound:
-            control = None
-            if self.control:
-                centres = np.asarray(bits.to_model(jnp.asarray(pixels), 0.5, levels))
-                fitted = GaussianControl.fit(centres, noise_variance=0.02, full=False)
-                control = jax.tree.map(lambda a: jnp.asarray(a, float), fitted)
-            reduction = Reduction(control, proposal=self.proposal)
-            options = {"n_times": self.n_times, "reduction": reduction}
-        density = _density(denoiser, schedule, pixels, seed, eps=eps, batch_size=size)
+        if self.control:
+            assert isinstance(estimator, bound.Estimator)
+            centres = np.asarray(bits.to_model(jnp.asarray(pixels), 0.5, levels))
+            fitted = GaussianControl.fit(centres, noise_variance=0.02, full=False)
+            control = jax.tree.map(lambda a: jnp.asarray(a, float), fitted)
+            estimator = replace(estimator, reduction=Reduction(control))
+        density = _density(denoiser, schedule, pixels, seed, eps=eps, batch_size=self.batch)
         target = Target(sde, eps, levels, self.dequantizer)
-        run = density.measurement(replace(estimator, **options), target, pixels)
-        found = replace(run, sweeps=self.sweeps, check=False, multiple=size).estimate()
-        without = sum(found.terms[name] for name in self.without)
-        return (found.values - without) * density.dims * bits.LOG2
+        run = density.measurement(estimator, target, pixels)
+        found = replace(run, sweeps=self.sweeps, check=False, multiple=self.batch).estimate()
+        return _in_nats(found, density.dims, self.without)
+
+
+def _in_nats(found: Estimate, dims: int, without: Sequence[str] = ()) -> Numbers:
+    values = found.values - sum(found.terms[name] for name in without)
+    nats, of = dims * bits.LOG2, found.this_set
+    return Numbers(nats * values, nats * of.stderr, nats * of.ci95)
+
+
+def by_ode(trace: Trace, draws: int = 1) -> ode.Estimator:
+    """The ODE with ``draws`` of the dequantizer in one logarithm."""
+    return ode.Estimator(trace, draws, solver=SOLVER)
 
 
 UNIFORM, NORMAL, DECODER = uniform.Model(), truncated_normal.Model(), decoders.Categorical()
-BOUND = Evaluation(bound.Estimator(), UNIFORM, sweeps=4, control=True)
-ODE = Evaluation(ode.Estimator(EXACT), UNIFORM)
+BOUND = Evaluation(bound.Estimator(16), UNIFORM, sweeps=4, control=True, batch=BATCH_WITHOUT_TRACE)
+ODE = Evaluation(by_ode(EXACT), UNIFORM)
 
 
 def by_density(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -> Numbers:
-    """``Density.bits_per_dim``, with the standard error of its probes and dequantization."""
+    """``Density.bits_per_dim``, with the error bar of its probes and dequantization."""
     how = {"trace": ONE_PROBE, "solver": SOLVER, "batch_size": BATCH, "subset": len(pixels)}
     density = _density(denoiser, schedule, pixels, seed, eps=EPS, **how)
-    found, nats = density.bits_per_dim(pixels), density.dims * bits.LOG2
-    return Numbers(nats * found.values, nats * found.this_set.stderr)
+    return _in_nats(density.bits_per_dim(pixels), density.dims)
 
 
 def _ours(name: str, nats: Evaluation) -> Estimator:
@@ -106,15 +118,15 @@ def _ours(name: str, nats: Evaluation) -> Estimator:
 FEW = {"worlds": {name: WORLDS[name] for name in ("gaussian", "random")}}
 ONE = {"worlds": {"gaussian": WORLDS["gaussian"]}}
 # There is no control for it, so it needs more draws and more calls.
-SSM = Evaluation(bound.ScoreMatching(trace=EXACT), UNIFORM, sweeps=4, n_times=32)
+SSM = Evaluation(bound.ScoreMatching(32, trace=EXACT), UNIFORM, sweeps=4)
 OURS: dict[Estimator, dict[str, Any]] = {
     _ours("ODE, exact trace", ODE): {},
     Estimator("Density.bits_per_dim, one probe", by_density, "uniform", WITHIN): ONE
     | {"calls": 16},
-    _ours("ODE, one probe", Evaluation(ode.Estimator(ONE_PROBE), UNIFORM)): FEW,
-    _ours("ODE, 2 draws in one logarithm", Evaluation(ode.Estimator(EXACT, 2), UNIFORM)): FEW,
-    _ours("ODE, truncated normal", Evaluation(ode.Estimator(EXACT), NORMAL)): FEW,
-    _ours("bound", BOUND): FEW,
+    _ours("ODE, one probe", Evaluation(by_ode(ONE_PROBE), UNIFORM)): FEW,
+    _ours("ODE, 2 draws in one logarithm", Evaluation(by_ode(EXACT, 2), UNIFORM)): FEW,
+    _ours("ODE, truncated normal", Evaluation(by_ode(EXACT), NORMAL)): FEW,
+    Estimator("bound", BOUND.with_error_bar, "uniform", WITHIN): FEW,
     _ours("bound, ssm", SSM): FEW | {"calls": 64},
     _ours("bound on P(k), truncated normal", replace(BOUND, dequantizer=NORMAL)): FEW,
     _ours("bound on P(k), decoder", replace(BOUND, dequantizer=DECODER)): FEW,

@@ -20,7 +20,8 @@ is at least 0 for an upper bound, whatever the denoiser is. The checks are:
     coverage      the t interval of a mean over images contains the expectation of this mean as
                   often as that of the exact -log P does, which is 95% if images are many
     error bar     the standard error that the function itself gives for the draws (``Numbers``) is
-                  the standard deviation of its mean over calls with the same images
+                  the standard deviation of its mean over calls with the same images, and its
+                  intervals contain the mean of all calls in 95% of them
 
 *Errors.* A number of ``bound``, ``tight``, ``normalised`` and ``independent`` is a mean over calls
 with different seeds, whose spread gives its standard error. So draws that all images of a call
@@ -100,10 +101,13 @@ class Numbers(NamedTuple):
     Attributes:
       values: a number in nats for each image, ``(n,)``.
       stderr: the standard error of their mean, for these images: that of the random draws.
+      ci95: the half-width of its 95% interval. If it is not given, 1.96 ``stderr`` must contain the
+        mean in 70% of the calls, as it does if ``stderr`` is that of two draws.
     """
 
     values: Array | np.ndarray
     stderr: float
+    ci95: float | None = None
 
 
 # A function of the denoiser, the schedule, the images (n, h, w, c) and the seed (``Estimator``).
@@ -250,19 +254,19 @@ class _Trial:
 
     def nats(self, pixels: Images, seed: int) -> np.ndarray:
         """The estimator's numbers, as many as it returns."""
-        return self.numbers(pixels, seed)[0]
+        return np.asarray(self.numbers(pixels, seed).values)
 
-    def numbers(self, pixels: Images, seed: int) -> tuple[np.ndarray, float | None]:
-        """The numbers, and their error bar if there is one."""
+    def numbers(self, pixels: Images, seed: int) -> Numbers:
+        """The numbers with their error bar; it is NaN if there is none."""
         given = self.estimator.nats(*self.given, pixels, seed)
-        values, stderr = given if isinstance(given, Numbers) else (given, None)
-        found = np.asarray(values, np.float64)
+        of = given if isinstance(given, Numbers) else Numbers(given, math.nan)
+        found = np.asarray(of.values, np.float64)
         if found.ndim != 1:
             raise ValueError(
                 f"{self.estimator.name} returned shape {found.shape} for {len(pixels)} images: "
                 "return one number for each image, (n,)"
             )
-        return found, stderr
+        return of._replace(values=found)
 
     def finding(
         self, check: str, ok: bool, value: float, tolerance: float, words: str, coarse: float
@@ -359,18 +363,28 @@ class _Trial:
 
     def error_bar(self, repetitions: int, images: int, seed: int) -> Iterator[Finding]:
         """The root mean square of the estimator's standard errors, relative to the spread of its
-        means, of one set of images; nothing if it gives no standard error."""
+        means, of one set of images, and the coverage of its intervals; nothing if it gives no
+        standard error."""
         pixels = self.world.sample(seed, images)
-        if self.numbers(pixels, seed)[1] is None:
+        if math.isnan(self.numbers(pixels, seed).stderr):
             return
         found = [self.numbers(pixels, seed + i) for i in range(repetitions)]
-        spread = float(np.std([np.mean(values) for values, _ in found], ddof=1))
-        claimed = math.sqrt(np.mean([stderr**2 for _, stderr in found if stderr is not None]))
+        means = np.array([np.mean(each.values) for each in found])
+        spread = float(np.std(means, ddof=1))
+        claimed = math.sqrt(np.mean([each.stderr**2 for each in found]))
         # The variance of each of the two has about the relative error sqrt(2 / repetitions).
         tolerance = -float(special.ndtri(ALPHA)) / math.sqrt(repetitions)
         gap = abs(math.log(claimed / spread)) if min(claimed, spread) > 0 else math.inf
-        words = f"the standard error {claimed:.3g} nats is claimed, and {spread:.3g} is found"
-        ok = gap <= tolerance or max(claimed, spread) < 1e-9
+        halves = [1.96 * each.stderr if each.ci95 is None else each.ci95 for each in found]
+        share = float(np.mean(np.abs(means - np.mean(means)) <= halves))
+        least = 0.95 if all(each.ci95 is not None for each in found) else 0.7
+        below = -float(special.ndtri(ALPHA)) * math.sqrt(least * (1 - least) / repetitions)
+        words = (
+            f"the standard error {claimed:.3g} nats is claimed, and {spread:.3g} is found; "
+            f"{share:.1%} of {repetitions} intervals contain the mean"
+        )
+        right = gap <= tolerance and share >= least - below
+        ok = right or max(claimed, spread) < 1e-9
         yield self.finding("error bar", ok, claimed / spread, tolerance, words, COARSE_SUM)
 
 

@@ -41,9 +41,7 @@ class Estimator(base.Estimator):
       reduction: how the variance is reduced.
     """
 
-    terms: ClassVar[tuple[str, ...]] = (
-        *("prior", "diffusion", "reconstruction", "dequantization", "scale"),
-    )
+    terms: ClassVar[tuple[str, ...]] = (*bound.Bound._fields, "dequantization", "scale")
     is_bound: ClassVar[bool] = True
     reducible: ClassVar[bool] = True
 

@@ -466,11 +466,11 @@ def test_a_chart_of_one_point_is_not_drawn(tmp_path: Path) -> None:
     curves = [{"step": 1, "loss": 2.0}]
     report = {**numbers(), "baselines": []}
     page = write(tmp_path, report, table=one, curves=curves)
-    assert "svg" not in page.tags and "Bits/dim of each image" not in page.text
+    assert "svg" not in page.tags and "Distribution over the images" not in page.text
     assert "No training curve" in page.text
     two = {"id": np.arange(2), "bits_per_dim": np.array([1.0, 2.0])}
     page = write(tmp_path, numbers(), table=two, curves=[*curves, {"step": 2, "loss": 1.0}])
-    assert "svg" in page.tags and "Bits/dim of each image" in page.text
+    assert "svg" in page.tags and "Distribution over the images" in page.text
     assert "2 logged steps" in page.text
 
 

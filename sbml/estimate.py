@@ -218,9 +218,11 @@ class Estimate:
         precision = jnp.finfo(jnp.result_type(float))
         rounding = float(precision.eps) * np.max(np.abs(self.values), initial=0.0, where=~lost)
         remedy = f"raise {section}max_steps={solver.max_steps}"
+        advice = "give x in the scale of the score, or compute in float64 (jax_enable_x64)"
+        if section:  # A command scales the images itself, and its checkpoints are in float32.
+            advice = f"raise {section}solver_budget"
         too_large = (
-            f"{precision.dtype} rounds the largest numbers by {notation(rounding, '.1g')}: give x "
-            "in the scale of the score, or compute in float64 (jax_enable_x64)"
+            f"{precision.dtype} rounds the largest numbers by {notation(rounding, '.1g')}: {advice}"
         )
         if lost.any():
             most = int(np.max(self.nfe[lost]))

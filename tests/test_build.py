@@ -153,7 +153,7 @@ def test_best_recipes_are_integer_denoisers_with_their_own_decoder(name, network
 @pytest.mark.parametrize(
     "section, field, value, message",
     [
-        ("sde", "name", "vpp", "sde.name=vpp: need one of beta_schedule, cosine_vp, edm"),
+        ("sde", "name", "vpp", "vpp: did you mean vp? Need one of beta_schedule, cosine_vp"),
         ("training", "times", "grid", "training.times=grid: need one of iid, lattice"),
         ("data", "dequantization", "flow", "data.dequantization=flow: need one of centre, none"),
         ("optim", "schedule", "step", "optim.schedule=step: need one of constant, cosine"),
@@ -163,12 +163,18 @@ def test_best_recipes_are_integer_denoisers_with_their_own_decoder(name, network
             ("ode", "elbo"),
             "ode,elbo: need one or more of",
         ),
+        (
+            "eval",
+            "estimators",
+            ("ode", "bond"),
+            "ode,bond: did you mean bound? Need one or more of",
+        ),
         ("eval", "estimators", (), "eval.estimators=: need one or more of bound"),
         ("eval", "dequantizers", ("uniform", "flow"), "need one or more of categorical, learned"),
         ("eval", "dequantizers", ("none",), "eval.dequantizers=none: need one or more of"),
         ("eval", "num_importance", (0,), "eval.num_importance=0: need one or more integers of"),
         ("eval.bound", "times", "grid", "eval.bound.times=grid: need one of iid, lattice"),
-        ("eval", "split", "tset", "eval.split=tset: need one of test, train"),
+        ("eval", "split", "tset", "eval.split=tset: did you mean test? Need one of test"),
         ("data", "levels", 1, "data.levels=1: need an integer of at least 2"),
         ("eval.bound", "sweeps", 0, "eval.bound.sweeps=0: need an integer of at least 1"),
         ("eval", "max_images", -5, "eval.max_images=-5: need an integer of at least 0"),
@@ -190,7 +196,7 @@ def test_best_recipes_are_integer_denoisers_with_their_own_decoder(name, network
             "eval.ode",
             "trace",
             "guess",
-            "eval.ode.trace=guess: need one of exact, gaussian, rademacher",
+            "eval.ode.trace=guess: did you mean gaussian? Need one of exact, gaussian, rademacher",
         ),
         ("training", "smallest_time", -0.1, "training.smallest_time=-0.1: need a number of at"),
         ("score", "label", "index", "score.label=index: need one of c_noise, log_snr"),
@@ -200,7 +206,7 @@ def test_best_recipes_are_integer_denoisers_with_their_own_decoder(name, network
             "v",
             "score.parameterization=v: need one of edm",
         ),
-        ("model", "name", "unet", "model.name=unet: need one of mlp, ncsnpp"),
+        ("model", "name", "unet", "model.name=unet: did you mean unet2d? Need one of mlp"),
     ],
 )
 def test_a_wrong_value_is_named(section, field, value, message):

@@ -105,6 +105,8 @@ def test_the_remedy_is_the_one_that_fits(found: Estimate, known: str, remedy: st
         for verb in ("raise", "lower"):
             assert (f"{verb} {name}" in said) == (f"{verb} eval.ode.{name}" in in_a_config)
             assert f"{verb} {name}" not in in_a_config
+    assert (ROUNDING in said) == in_a_config.endswith(": raise eval.ode.solver_budget")
+    assert ROUNDING not in in_a_config and "scale of the score" not in in_a_config
 
 
 def test_the_line_of_a_number_ends_with_its_remedy() -> None:

@@ -202,7 +202,10 @@ def test_the_area_below_the_losses_of_all_noise_levels_is_the_term(tmp_path: Pat
     found = {"edges": edges, "split": [0.5, 0.1], "train": [0.25, 0.1], "linear": [0.5, 1.0]}
     found |= {"split_stderr": [0.01, 0.01], "train_stderr": [0.01, 0.01]}
     text = write(tmp_path, numbers(noise_levels=found)).text
-    assert "test images 2.10, training images 1.10, best linear 3.00." in text
+    areas = "test images 2.10, training images 1.10, best linear 3.00."
+    assert f"{areas} The best linear prediction" in text  # a file without the number of images
+    text = write(tmp_path, numbers(noise_levels={**found, "images": 1280})).text
+    assert f"{areas} These values are measured on 1,280 images of each kind with other" in text
 
 
 def test_a_noise_level_with_one_draw_has_a_loss_without_a_spread(tmp_path: Path) -> None:
@@ -476,11 +479,11 @@ def test_a_chart_of_one_point_is_not_drawn(tmp_path: Path) -> None:
     curves = [{"step": 1, "loss": 2.0}]
     report = {**numbers(), "baselines": []}
     page = write(tmp_path, report, table=one, curves=curves)
-    assert "svg" not in page.tags and "Bits/dim of each image" not in page.text
+    assert "svg" not in page.tags and "Distribution over the images" not in page.text
     assert "No training curve" in page.text
     two = {"id": np.arange(2), "bits_per_dim": np.array([1.0, 2.0])}
     page = write(tmp_path, numbers(), table=two, curves=[*curves, {"step": 2, "loss": 1.0}])
-    assert "svg" in page.tags and "Bits/dim of each image" in page.text
+    assert "svg" in page.tags and "Distribution over the images" in page.text
     assert "2 logged steps" in page.text
 
 

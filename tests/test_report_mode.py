@@ -168,7 +168,7 @@ def test_what_the_losses_tell_of_the_gap_is_shown_with_a_command_for_the_rest(
     """Each flag is in the command once, and only if the evaluation depends on it."""
     evaluated(tmp_path, {"step": 2, "parameters_crc32": 7})
     levels = {"edges": [6.0, 2.0, 1.0], "split": [0.5, 0.1], "train": [0.25, 0.1]}
-    levels |= {"split_stderr": [0.3, 0.0], "train_stderr": [0.4, 0.0]}
+    levels |= {"split_stderr": [0.3, 0.0], "train_stderr": [0.4, 0.0], "images": 128}
     command = (
         "python -m sbml.main --config=x.py --mode=train,eval --config.eval.max_images=9 --trust me "
         "--config.training.num_steps=9 --config.eval.batch_size=1 --config.eval.batch_size=7"
@@ -186,6 +186,8 @@ def test_what_the_losses_tell_of_the_gap_is_shown_with_a_command_for_the_rest(
     )
     assert "2.10 bits/dim for the held-out images and 1.10 for the training images" in text
     assert "the difference is +1.000 ± 3.9," in text and "not known" not in text
+    said = "95% interval. These values are measured on 128 images of each kind with other draws"
+    assert said in text
 
 
 def test_costs_are_those_of_the_training_that_made_the_checkpoint(tmp_path: Path) -> None:

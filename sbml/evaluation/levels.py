@@ -29,13 +29,14 @@ from sbml.times import Importance
 BINS = 16  # at most
 
 
-def measure(inputs: Inputs, run: CellRun) -> dict[str, list[float]]:
+def measure(inputs: Inputs, run: CellRun) -> dict[str, Any]:
     """L of at most ``eval.bound.level_images`` images of each kind, for the bound ``run``.
 
     Returns:
       The ``edges (bins + 1,)`` of the bins in lambda, beginning at the smallest time; L ``(bins,)``
-      of the images of the ``split`` and of those of ``train``, each with its standard error; and
-      with a control also its error ``linear``, for the images of the split.
+      of the images of the ``split`` and of those of ``train``, each with its standard error; with
+      a control also its error ``linear``, for the images of the split; and the number of ``images``
+      of each kind.
     """
     measured, config = run.measurement, inputs.experiment.config.eval
     assert isinstance(measured.estimator, Estimator)
@@ -54,7 +55,7 @@ def measure(inputs: Inputs, run: CellRun) -> dict[str, list[float]]:
     bounded = inputs.score, measured.target, run.dequantization.params
     given = *bounded, images, control, linear, config.seed
     stored = compute_once(inputs.workdir / "eval", "levels", _curves, *given)
-    return {name: value.tolist() for name, value in stored.items()}
+    return {name: value.tolist() for name, value in stored.items()} | {"images": count}
 
 
 def _curves(

@@ -34,8 +34,10 @@ class Dequantizer(Section):
     def _with_model(cls, values: Json) -> Json:
         name = values.get("name", cls.model_fields["name"].default)
         own = values.get("model", {})
-        if name not in DEQUANTIZERS or not isinstance(own, Mapping | Section):
-            return values  # The checks of these fields refuse them.
+        if name not in DEQUANTIZERS:  # The check of the name refuses it, and no other field.
+            return {**values, "model": Section()}
+        if not isinstance(own, Mapping | Section):
+            return values  # The check of this field refuses it.
         if not dequantizers.is_trained(DEQUANTIZERS[name]):
             raise ValueError(
                 f"dequantizer.name={name} has no parameters to train; choose variational"

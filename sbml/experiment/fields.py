@@ -92,9 +92,12 @@ def section_errors(section: str) -> contextlib.AbstractContextManager[None]:
     return errors_of(f"config.{section}")
 
 
-def refusal(name: str, value: Any, needs: str) -> ValueError:
-    """The error for a field ``name`` with an invalid ``value``; ``needs`` says what is valid."""
-    return ValueError(f"{name}={notation(value)}: need {needs}")
+def refusal(
+    name: str, value: Any, needs: str, wrong: str = "", choices: Collection[str] = ()
+) -> ValueError:
+    """The error for a field ``name`` with an invalid ``value``; ``needs`` says what is valid, and
+    ``wrong`` is the part of the value that is none of the ``choices``, if there are any."""
+    return ValueError(f"{name}={notation(value)}: {hint(wrong, choices, f'need {needs}')}")
 
 
 def _unwrapped(annotation: Any, rules: Collection[Any] = ()) -> tuple[Any, list[Any]]:
@@ -115,11 +118,10 @@ def needs(annotation: Any, rules: Collection[Any] = (), plural: bool = False) ->
     if typing.get_origin(kind) is tuple:
         count = len(kinds) if Ellipsis not in kinds else "one or more"
         return f"{count} {needs(kinds[0], plural=True)}"
-    for choice in (getattr(rule, "func", None) for rule in rules):
-        if isinstance(choice, Among):
-            names = ", ".join(sorted(filter(None, choice.choices)))
-            nothing = ", or nothing" * ("" in choice.choices)
-            return f"{'' if plural else 'one '}of {names}{nothing}"
+    if choices := _choices(kind, rules):
+        names = ", ".join(sorted(filter(None, choices)))
+        nothing = ", or nothing" * ("" in choices)
+        return f"{'' if plural else 'one '}of {names}{nothing}"
     kinds_in_words = {bool: "True or False", str: "text", int: "an integer", float: "a number"}
     kinds_in_words |= {int: "integers", float: "numbers", str: "names"} if plural else {}
     limits = []
@@ -131,6 +133,18 @@ def needs(annotation: Any, rules: Collection[Any] = (), plural: bool = False) ->
             is_power = bound == 2**power > 2**15
             limits.append(f"{word} {f'2^{power}' if is_power else notation(float(bound), 'g')}")
     return f"{kinds_in_words.get(kind, kind)} {' and '.join(limits)}".strip()
+
+
+def _choices(annotation: Any, rules: Collection[Any] = ()) -> Collection[str]:
+    """The names among which a value, or each part of it, must be; () if it is no such name."""
+    kind, rules = _unwrapped(annotation, rules)
+    kinds = typing.get_args(kind)
+    if NoneType in kinds:
+        return _choices(_present(kinds), rules)
+    if typing.get_origin(kind) is tuple:
+        return _choices(kinds[0])
+    functions = (getattr(rule, "func", None) for rule in rules)
+    return next((each.choices for each in functions if isinstance(each, Among)), ())
 
 
 def _present(kinds: tuple[Any, ...]) -> Any:
@@ -254,7 +268,8 @@ def _line(kind: type[Section], values: Mapping[str, Any], error: Any) -> str:
     if _beyond_float32(error["input"]) or _beyond_float32(_parsed(str(error["input"]), float)):
         ends = " to ".join(notation(end, ".2g") for end in (SMALLEST, LARGEST))
         wanted += f", in float32, whose range is {ends}"
-    return str(refusal(kind.name_of(name), values.get(name), wanted))
+    choices = _choices(found.annotation, found.metadata)
+    return str(refusal(kind.name_of(name), values.get(name), wanted, str(error["input"]), choices))
 
 
 def unknown(section: str, name: str, fields: Collection[str]) -> str:

@@ -139,6 +139,7 @@ def write(
             missing=report.get("missing", {}),
             without_checkpoint=bool(progress) and progress["checkpoint"] is None,
             gap=report.get("gap"),
+            of_levels=counted(report.get("noise_levels", {})),
             losses=list(filter(None, losses)),
             copied=copied(report.get("title", ""), results),
             provenance=report.get("provenance", {}),
@@ -354,14 +355,25 @@ def levels_figure(report: Json) -> Figure | None:
     caption = (
         "Where the bits of the bound come from: the squared error of the noise prediction at each "
         "ratio of signal to noise, SNR, whose logarithm is natural. The area below a "
-        f"curve is the term diffusion, in bits/dim: {', '.join(areas)}. The best linear prediction "
-        "is that of a Gaussian with the moments of the training images. Bands are 1.96 standard "
-        "errors wide on each side."
+        f"curve is the term diffusion, in bits/dim: {', '.join(areas)}.{counted(levels)} The best "
+        "linear prediction is that of a Gaussian with the moments of the training images. Bands "
+        "are 1.96 standard errors wide on each side."
     )
     errors = {f"{split} images": "split_stderr", "training images": "train_stderr"}
     bars = {name: 1.96 * values[errors[name]] for name in curves if name in errors}
     draw = partial(plots.levels, edges=edges, curves=curves, bars=bars)
     return figure("Loss at each noise level", draw, caption)
+
+
+def counted(levels: Mapping[str, Any]) -> str:
+    """What the losses at the noise ``levels`` are measured on, with a space before it; "" for older
+    evaluations, which do not have the number of images."""
+    if (count := levels.get("images")) is None:
+        return ""
+    return (
+        f" These values are measured on {count:,} images of each kind with other draws than the "
+        "bound, so they may differ from its term."
+    )
 
 
 def area(edges: np.ndarray, curve: np.ndarray) -> float:

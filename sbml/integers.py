@@ -291,7 +291,7 @@ def _between(a: Array, b: Array) -> tuple[Array, Array]:
 def _log_tail(x: Array) -> Array:
     """log Phi(-x) for x >= 0, elementwise, to rounding and at a fraction of ``log_ndtr``'s cost:
 
-    -x^2 / 2 + log r + P(2 r - 1),    r = 1 / (1 + STRETCH x),    P a polynomial
+        -x^2 / 2 + log r + P(2 r - 1),    r = 1 / (1 + STRETCH x),    P a polynomial
     """
     r = 1 / (1 + STRETCH * x)
     p = jnp.zeros_like(x)

@@ -19,7 +19,7 @@ every point, the result would depend on how rounding changes the times of the st
 The ODE ends at T or, if alpha(T) = 0, at the time that ``sbml.ode`` states. From there x is scaled
 to T.
 
-*The prior in place of p_T.* Even if the score is exact, the result differs from log p_eps(x) by
+*The error of the prior.* Even if the score is exact, the result differs from log p_eps(x) by
 log pi(z) - log p_T(z), whose mean over x from p_eps is -KL(p_T || pi). For data N(m, diag(c)), with
 alpha and sigma at T and the prior's standard deviation S, KL(p_T || pi) is
 

@@ -1,7 +1,7 @@
 """The variance-exploding SDEs: alpha = 1, and sigma grows geometrically or linearly.
 
-VE          sigma = sigma_min (sigma_max / sigma_min)^t
-linear VE   sigma = sigma_max t
+    VE          sigma = sigma_min (sigma_max / sigma_min)^t
+    linear VE   sigma = sigma_max t
 """
 
 import dataclasses

@@ -4,9 +4,10 @@ Along dx/dt = v(x, t) from t = eps to T (instantaneous change of variables, Chen
 
     log p_eps(x) = log pi(z) + integral_eps^T div v(x(t), t) dt,      z = x(T),
 
-where v is the velocity of the ODE (``sbml.ode``) and pi = N(0, sde.prior_std^2 I) the prior. Along
-any other curve c from x, d/dt log p_t(c) = -div v + (dc/dt - v) . grad log p_t(c), so there is one
-more term, in which s is the score:
+where v is the velocity of the ODE (``sbml.ode``) and pi = N(0, S^2 I) the prior, where S
+is ``sde.prior_std``. Along any other curve c from x,
+d/dt log p_t(c) = -div v + (dc/dt - v) . grad log p_t(c), so there is one more term, in which s is
+the score:
 
     log p_eps(x) = log pi(c(T)) + integral div v(c, t) dt - integral (dc/dt - v(c, t)) . s(c, t) dt.
 

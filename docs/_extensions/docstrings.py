@@ -45,7 +45,7 @@ def escape(text: str) -> str:
 
 
 def prose(text: str) -> str:
-    """A paragraph as reStructuredText, with its formulas; names of documented modules become links."""
+    """A paragraph as reStructuredText; names of documented modules become links."""
     parts, end = [], 0
     for match in MARKUP.finditer(text):
         name = MODULE.fullmatch(match[0])

@@ -72,10 +72,10 @@ class Item(NamedTuple):
 
 
 class Parser:
-    """Reads a formula from left to right."""
+    """Reads a formula from left to right. ``inline``: it stands in a sentence."""
 
-    def __init__(self, text: str) -> None:
-        self.tokens, position = [], 0
+    def __init__(self, text: str, *, inline: bool = False) -> None:
+        self.tokens, self.inline, position = [], inline, 0
         while position < len(text):
             start = position + len(text[position:]) - len(text[position:].lstrip())
             if not (match := TOKEN.match(text, start)):
@@ -114,7 +114,12 @@ class Parser:
         after = self.tokens[1]
         if text == "/":
             return self.fraction(items)
-        if text in ("|", "||") and gap == after.gap and items and items[-1].kind in ("factor", "word"):
+        if (
+            text in ("|", "||")
+            and gap == after.gap
+            and items
+            and items[-1].kind in ("factor", "word")
+        ):
             self.take()
             return Item("sign", r"\mid" if text == "|" else r"\,\|\,")
         if text == "." and (after.kind == "end" or after.text == "|" or (gap and after.gap)):
@@ -146,8 +151,16 @@ class Parser:
         if self.touches("/"):
             raise NoFormula("it is not clear what a second slash divides")
         numbers = all(item.tex.isdigit() for item in (*above, *below))
+        if self.inline and not numbers and not self.continues():
+            return Item("factor", f"{joined(above)} / {joined(below)}")
         over, under = naked(joined(above)), naked(joined(below))
         return Item("factor", rf"\{'t' if numbers else ''}frac{{{over}}}{{{under}}}")
+
+    def continues(self) -> bool:
+        """Whether the next token is a further factor, or divides what is before it."""
+        kind, text, gap = self.tokens[0]
+        bar = text == "|" and gap and not self.tokens[1].gap
+        return bar or kind in ("name", "number") or text in ("(", "[", "/")
 
     def factor(self) -> Item:
         """A name, a number or a bracket, with its marks and arguments."""
@@ -267,21 +280,23 @@ def naked(tex: str) -> str:
     """``tex`` without the brackets around all of it."""
     match = re.fullmatch(r"(?:\\left)?[(\[] (.*) (?:\\right)?[)\]]", tex)
     depth = 0
-    for sign in re.findall(r"[()\[\],]", match[1]) if match else [")"]:
+    for sign in re.findall(r"[()\[\]]|(?<!\\),", match[1]) if match else [")"]:
         depth += {"(": 1, "[": 1, ",": 0}.get(sign, -1)
         if depth < 0 or (depth == 0 and sign == ","):
             return tex
     return match[1] if match else tex
 
 
-def latex(text: str) -> str:
+def latex(text: str, *, inline: bool = False) -> str:
     """One line of formulas as LaTeX; a wide gap stays one.
+
+    A quotient in a sentence, ``inline``, keeps its slash if nothing is multiplied with it.
 
     Raises:
       NoFormula: if ``text`` is no formula.
     """
     parts = re.split(r"(?<![=<>~\s])\s{2,}(?![=<~\s])", text.strip())
-    tex = r" \qquad ".join(Parser(part).formula() for part in parts)
+    tex = r" \qquad ".join(Parser(part, inline=inline).formula() for part in parts)
     if not re.sub(r"\\text\{[^}]*\}|[\s,.]", "", tex):
         raise NoFormula("words only")
     return tex

@@ -6,6 +6,7 @@ too, but for "a", "A" and "I". What may be anything else stays as it is: words, 
 names, and each part of a formula that ``formulas`` does not read as a whole.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -27,19 +28,31 @@ BRACKET = re.compile(
     r"\((?:(?:[^\s()]|\([^()]*\))+, )+(?:[^\s()]|\([^()]*\))+[)\]][^\s\w]*"
     r"|\([^()]*\)(?:\^\S+|(?= [-+/*=<>] ))"
 )
+# The end of a sentence or of a part of it, but not "...".
 MARK = re.compile(r"[,;:?!]$|[^.]\.$")
+# E. Alpaydin and C. Kaynak; but not: "at T. So".
 INITIAL = re.compile(r"[A-Z]\. [A-Z]")
 INTERVAL = re.compile(r"[\[(][^,]+, [^,]+[\])](\^\w)?")
+# What a formula has at least one of.
 SIGN = re.compile(
     rf"[_^<>~|]| [-+=/] |\w\*|\b(?:{GREEK})\b|\b(?:\w|{FUNCTION})[(\[]|\b(?:{FUNCTION}) [A-Za-z]\b"
     rf"|\b(?:\d|d[a-z]|d(?:{GREEK}))/d?[A-Za-z]\b|^-?\d+ [b-zB-HJ-Z]$|^-?[b-zB-HJ-Z]$"
 )
-# What a formula does not have: hyphens, flags, arguments by keyword, units, commas in numbers, a
-# derivative of sixth order, a number after a factor, the shape of an array, and names with an
-# underscore that are those of Python.
+# What a formula does not have.
 OTHER = re.compile(
-    r"[A-Za-z]-[A-Za-z]|--|\w=|=\w|\bnats\b|\bbits/|\d,\d|\^\(\d+\)|(?<=[\w)\]])(?<!log)(?<!sum_\w) \d|\w \([^()]*,"
-    rf"|_(?!(?:{GREEK})\b)[A-Za-z]{{4}}|\b(?!(?:{GREEK})_)[A-Za-z]{{2,}}_[A-Za-z]{{2}}|log_[a-z]"
+    "|".join(
+        (
+            r"[A-Za-z]-[A-Za-z]|--",  # hyphens, flags
+            r"\w=|=\w",  # arguments by keyword
+            r"\bnats\b|\bbits/",  # units
+            r"\d,\d|\^\(\d+\)",  # 1,000; the sixth derivative h^(6)
+            r"(?<=[\w)\]])(?<!log)(?<!sum_\w) \d",  # a number after a factor
+            r"\w \([^()]*,",  # the shape of an array
+            rf"_(?!(?:{GREEK})\b)[A-Za-z]{{4}}|log_[a-z]",  # names of Python
+            rf"\b(?!(?:{GREEK})_)[A-Za-z]{{2,}}_[A-Za-z]{{2}}",
+            r"^[-+=<>~/*.,;:]+( |$)| [-+=<>~/*.|]+$",  # an operator at an end
+        )
+    )
 )
 
 
@@ -88,14 +101,13 @@ def bare(text: str, span: Span) -> Span:
 def is_word(name: re.Match[str]) -> bool:
     """Whether ``name``, a part of a run of words, is one of these and no symbol."""
     before, after = name.string[: name.start()].rstrip(), name.string[name.end() :].lstrip()
-    operator = before.endswith(tuple("-+=/<>~|([,;"))
+    opened = before.endswith(tuple("-+=/<>~|([,;"))
+    closed = after.startswith(tuple("-+=/<>~|)],;^"))
     if name[0] in ("a", "A", "I"):
-        return not operator and not after.startswith(tuple("-+=/<>~|)],"))
+        return not (opened or closed)
     if name[0] in SUMS:
-        return not after or not (operator or before[-1:].isdigit())
-    if name[0] in AMBIGUOUS:
-        return not operator or not after.startswith(tuple("-+=/<>~|)],;^"))
-    return name[0] in WORDS
+        return not after or not (opened or before[-1:].isdigit())
+    return name[0] in WORDS or (name[0] in AMBIGUOUS and not (opened and closed))
 
 
 def formula(text: str, before: str) -> str:
@@ -105,48 +117,48 @@ def formula(text: str, before: str) -> str:
       NoFormula: if it is none, or could be something else.
     """
     text = " ".join(text.split())
-    if not (SIGN.search(text) or (before == "in" and INTERVAL.fullmatch(text))):
-        raise NoFormula(text)
     names = re.finditer(r"(?<![\w^])[A-Za-z]+(?![\w(\[^])", text)
-    if OTHER.search(text) or re.search(r"^[-+=<>~/*.,;:]+( |$)| [-+=<>~/*.|]+$", text):
+    has_sign = SIGN.search(text) or (before == "in" and INTERVAL.fullmatch(text))
+    if not has_sign or OTHER.search(text) or any(map(is_word, names)):
         raise NoFormula(text)
-    if any(map(is_word, names)):
-        raise NoFormula(text)
-    return latex(text)
+    return latex(text, inline=True)
 
 
-def runs(text: str, words: list[Span], first: int) -> Iterator[tuple[int, Span]]:
-    """The runs of words from the one with number ``first`` on, the longest first, and their ends.
+def longest(text: str, words: list[Span], before: str) -> tuple[int, Span, str]:
+    """The longest formula that begins with the first of ``words``: how many words, where, LaTeX.
 
-    A run ends at a comma or another mark.
+    It ends before a comma or another mark, and has no word of a sentence.
+
+    Raises:
+      NoFormula: if no formula begins there.
     """
-    last = first
-    while last < len(words) - 1 and not MARK.search(text[slice(*words[last])]):
-        last += 1
-    for end in range(last, first - 1, -1):
-        yield end, bare(text, Span(words[first].start, words[end].end))
+    marks = (n for n, word in enumerate(words, 1) if MARK.search(text[slice(*word)]))
+    for count in range(next(marks, len(words)), 0, -1):
+        span = bare(text, Span(words[0].start, words[count - 1].end))
+        with contextlib.suppress(NoFormula):
+            return count, span, formula(text[slice(*span)], before)
+    raise NoFormula(text)
+
+
+def is_whole(before: str, after: str, *, opened: bool, closed: bool) -> bool:
+    """Whether a formula between these words is no part of one that is not read as a whole.
+
+    ``opened``, ``closed``: whether brackets or marks of the sentence are between.
+    """
+    starts = before == "" or before[-1] in ".,;:" + ")" * opened or PLAIN.fullmatch(before)
+    return bool(starts and (closed or after in ("", "(") or PLAIN.fullmatch(after)))
 
 
 def formulas(text: str) -> Iterator[tuple[Span, str]]:
     """The formulas in ``text``, and their LaTeX."""
-    words = units(text)
-    shown = [text[slice(*word)] for word in words]
-    number = 0
-    while number < len(words):
-        before = shown[number - 1] if number else ""
-        for end, span in runs(text, words, number):
-            try:
-                tex = formula(text[slice(*span)], before)
-            except NoFormula:
-                continue
-            opened, closed = span.start > words[number].start, span.end < words[end].end
-            after = shown[end + 1] if end + 1 < len(words) else ""
-            if (
-                (before == "" or PLAIN.fullmatch(before) or before[-1] in (".,;:)" if opened else ".,;:"))
-                and (closed or after in ("", "(") or PLAIN.fullmatch(after))
-                and not (INITIAL.match(text, span.start) and before[-1:] in ("", "d", ","))
-            ):
+    before, words = "", units(text)
+    while words:
+        count = 1
+        with contextlib.suppress(NoFormula):
+            count, span, tex = longest(text, words, before)
+            after = text[slice(*words[count])] if count < len(words) else ""
+            opened, closed = span.start > words[0].start, span.end < words[count - 1].end
+            initial = INITIAL.match(text, span.start) and before[-1:] in ("", "d", ",")
+            if is_whole(before, after, opened=opened, closed=closed) and not initial:
                 yield span, tex
-            number = end
-            break
-        number += 1
+        before, words = text[slice(*words[count - 1])], words[count:]

@@ -1,5 +1,7 @@
 """The report of a run: its results, its page, and the comparison of several runs.
 
+Its files:
+
     result          one number of an evaluation, with all that ``report.json`` has for it
     page            report.json and report.html from values
     summary         the same from the files of a work directory

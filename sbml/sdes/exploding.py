@@ -1,4 +1,6 @@
-"""The variance-exploding SDEs: alpha = 1, and sigma grows geometrically or linearly.
+"""The variance-exploding SDEs, whose sigma grows geometrically or linearly.
+
+Both have alpha = 1:
 
     VE          sigma = sigma_min (sigma_max / sigma_min)^t
     linear VE   sigma = sigma_max t

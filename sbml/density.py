@@ -209,8 +209,8 @@ class Density:
     def log_prob(self, x: Real, key: Key | None = None, condition: Any = None) -> Real:
         """log p_eps(x) in nats, ``(*b)``, of continuous examples ``x (*b, *shape)``.
 
-        The prior N(0, S^2 I), where S is ``sde.prior_std``, stands for p_T. A log p is NaN if the solver
-        gave up.
+        The prior N(0, S^2 I), where S is ``sde.prior_std``, stands for p_T. A log p is NaN if
+        the solver gave up.
 
         Args:
           x: one example, or several along any leading axes.

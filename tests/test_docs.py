@@ -210,7 +210,7 @@ def test_what_the_rules_do_not_cover_stays_as_it_is(text: str, formulas: Any) ->
         "a score, a mean and a sum of I, the prior and the noise in nats of log-SNR",
         "images (n, h, w, c), numbers (n,) of a d x d matrix, uint8 (*s)",
         "``alpha = 1`` with --mode=eval -h, k=3, a.npz, image_size, log_det, v0.1 and float32",
-        "E. Alpaydin and C. Kaynak, e.g. 4x4 pixels, 16-bit, i.e. NCSN++",
+        "E. Alpaydin and C. Kaynak, e.g. 4x4 pixels, 16-bit, i.e. NCSN++, appendix G.",
         # So does all of a formula with a part that is not read.
         "x = foo(y) + 2 and alpha * weight, the loss(x, t, z), sigma = ``std``",
         "with C = basis diag(l) basis^T, $p(x)$ but (b - a)^7 / 1,512,000 h^(6)",

@@ -40,10 +40,7 @@ def markup(tex: str, *, as_block: bool) -> str:
 
 def visit_inline(writer: Any, node: nodes.math) -> None:
     """Write an equation within a line."""
-    after = node.next_node(nodes.Text, descend=False, siblings=True)
-    closed = after is not None and after.astext()[0] in ".,;:)"
-    joiner = "&#8288;" if closed else ""  # No line begins with the mark after an equation.
-    writer.body.append(markup(node.astext(), as_block=False) + joiner)
+    writer.body.append(markup(node.astext(), as_block=False))
     raise nodes.SkipNode
 
 

@@ -30,8 +30,9 @@ BRACKET = re.compile(
 )
 # The end of a sentence or of a part of it, but not "...".
 MARK = re.compile(r"[,;:?!]$|[^.]\.$")
-# E. Alpaydin and C. Kaynak; but not: "at T. So".
+# E. Alpaydin and C. Kaynak, but not "at T. So"; appendix D.
 INITIAL = re.compile(r"[A-Z]\. [A-Z]")
+PARTS = {"appendix", "section", "part", "version"}
 INTERVAL = re.compile(r"[\[(][^,]+, [^,]+[\])](\^\w)?")
 # What a formula has at least one of.
 SIGN = re.compile(
@@ -159,6 +160,7 @@ def formulas(text: str) -> Iterator[tuple[Span, str]]:
             after = text[slice(*words[count])] if count < len(words) else ""
             opened, closed = span.start > words[0].start, span.end < words[count - 1].end
             initial = INITIAL.match(text, span.start) and before[-1:] in ("", "d", ",")
-            if is_whole(before, after, opened=opened, closed=closed) and not initial:
+            label = before.lower() in PARTS or initial
+            if is_whole(before, after, opened=opened, closed=closed) and not label:
                 yield span, tex
         before, words = text[slice(*words[count - 1])], words[count:]

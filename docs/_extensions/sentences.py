@@ -32,7 +32,7 @@ BRACKET = re.compile(
 MARK = re.compile(r"[,;:?!]$|[^.]\.$")
 # E. Alpaydin and C. Kaynak, but not "at T. So"; appendix D.
 INITIAL = re.compile(r"[A-Z]\. [A-Z]")
-PARTS = {"appendix", "section", "part", "version"}
+PARTS = {"appendix", "section", "version"}
 INTERVAL = re.compile(r"[\[(][^,]+, [^,]+[\])](\^\w)?")
 # What a formula has at least one of.
 SIGN = re.compile(

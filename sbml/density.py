@@ -210,7 +210,8 @@ class Density:
     def log_prob(self, x: Real, key: Key | None = None, condition: Any = None) -> Real:
         """log p_eps(x) in nats, ``(*b)``, of continuous examples ``x (*b, *shape)``.
 
-        The prior N(0, sde.prior_std^2 I) stands for p_T. A log p is NaN if the solver gave up.
+        The prior N(0, S^2 I), where S is ``sde.prior_std``, stands for p_T. A log p is NaN if
+        the solver gave up.
 
         Args:
           x: one example, or several along any leading axes.
@@ -376,7 +377,7 @@ class Density:
 
         It is the sum of the terms ``prior``, ``divergence`` and ``correction``, see
         ``likelihood.Likelihood``, and of ``transform`` for a change of variables. The prior
-        N(0, sde.prior_std^2 I) stands for p_T.
+        N(0, S^2 I), where S is ``sde.prior_std``, stands for p_T.
 
         Args:
           x: continuous data.

@@ -289,9 +289,11 @@ def _between(a: Array, b: Array) -> tuple[Array, Array]:
 
 @jax.custom_jvp
 def _log_tail(x: Array) -> Array:
-    """log Phi(-x) for x >= 0, elementwise, to rounding and at a fraction of ``log_ndtr``'s cost:
+    """log Phi(-x) for x >= 0, elementwise, to rounding.
 
-    -x^2 / 2 + log r + P(2 r - 1),    r = 1 / (1 + STRETCH x),    P a polynomial
+    At a fraction of ``log_ndtr``'s cost it is
+
+        -x^2 / 2 + log r + P(2 r - 1),    r = 1 / (1 + STRETCH x),    P a polynomial
     """
     r = 1 / (1 + STRETCH * x)
     p = jnp.zeros_like(x)

@@ -4,9 +4,10 @@ Along dx/dt = v(x, t) from t = eps to T (instantaneous change of variables, Chen
 
     log p_eps(x) = log pi(z) + integral_eps^T div v(x(t), t) dt,      z = x(T),
 
-where v is the velocity of the ODE (``sbml.ode``) and pi = N(0, sde.prior_std^2 I) the prior. Along
-any other curve c from x, d/dt log p_t(c) = -div v + (dc/dt - v) . grad log p_t(c), so there is one
-more term, in which s is the score:
+where v is the velocity of the ODE (``sbml.ode``) and pi = N(0, S^2 I) the prior, where S
+is ``sde.prior_std``. Along any other curve c from x,
+d/dt log p_t(c) = -div v + (dc/dt - v) . grad log p_t(c), so there is one more term, in which s is
+the score:
 
     log p_eps(x) = log pi(c(T)) + integral div v(c, t) dt - integral (dc/dt - v(c, t)) . s(c, t) dt.
 
@@ -19,7 +20,7 @@ every point, the result would depend on how rounding changes the times of the st
 The ODE ends at T or, if alpha(T) = 0, at the time that ``sbml.ode`` states. From there x is scaled
 to T.
 
-*The prior in place of p_T.* Even if the score is exact, the result differs from log p_eps(x) by
+*The error of the prior.* Even if the score is exact, the result differs from log p_eps(x) by
 log pi(z) - log p_T(z), whose mean over x from p_eps is -KL(p_T || pi). For data N(m, diag(c)), with
 alpha and sigma at T and the prior's standard deviation S, KL(p_T || pi) is
 

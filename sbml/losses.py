@@ -73,7 +73,7 @@ def perturb(sde: Kernel, x: Example, t: Time, z: Example) -> Example:
 
 @checked
 def residual(sde: Kernel, score_xt: Example, t: Time, z: Example, weighting: Weighting) -> Scalar:
-    """1/2 w(t) ||sigma(t) score + z||^2 in nats, a scalar."""
+    """1/2 w(t) |sigma(t) s + z|^2 in nats, a scalar."""
     error = sde.std(t) * score_xt + z
     return 0.5 * weight(sde, t, weighting) * jnp.sum(error**2)
 
@@ -100,7 +100,7 @@ def dsm(
       weighting: ``likelihood`` or ``original``.
 
     Returns:
-      1/2 w(t) ||sigma s(x_t, t) + z||^2, summed over dimensions, in nats.
+      1/2 w(t) |sigma(t) s(x_t, t) + z|^2, summed over dimensions, in nats.
     """
     x = at_least_float32(x)
     z = draw_noise(key, x)

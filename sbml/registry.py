@@ -1,8 +1,8 @@
 """Parts by name: a short name of this package, or ``package.module:Name`` of any other.
 
-SDES = Registry("SDE", {"vp": "sbml.sdes.linear_beta:VP"}, subclass(SDE))
-SDES["vp"]                  the class VP; its module is imported only now
-SDES["mine.sdes:Mine"]      the class Mine of the user's own module
+    SDES = Registry("SDE", {"vp": "sbml.sdes.linear_beta:VP"}, subclass(SDE))
+    SDES["vp"]                  the class VP; its module is imported only now
+    SDES["mine.sdes:Mine"]      the class Mine of the user's own module
 
 A registry can also hold a part itself instead of its ``module:Name``.
 

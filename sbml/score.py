@@ -23,8 +23,8 @@ model.scale_by_sigma), and VDM has ``residual``. ``edm`` is the form of Karras e
 white data, and the target of F has unit variance. Without such a term, a network's prediction for
 an unusual test image can be far too large. ``levels`` is described in ``sbml.integers``.
 
-*Where alpha = 0,* x_t is pure noise. For three kinds the table has a formula of x_0 without a
-division by alpha:
+*No signal.* Where alpha = 0, x_t is pure noise. For three kinds the table has a formula of x_0
+without a division by alpha:
 
     x0               x_0 = F
     velocity         x_0 = (alpha x_t - sigma F) / (alpha^2 + sigma^2)

@@ -216,7 +216,7 @@ class Proposal(abc.ABC):
     def over_log_snr(
         self, u: Points, density: AnyBins | None = None
     ) -> tuple[Elementwise, Elementwise]:
-        """Times and weights for an integral over lambda = log-SNR, of the shape of ``u``:
+        """Times and weights for an integral over lambda = log SNR, of the shape of ``u``:
 
             E_u[ weight h(t) ] = integral h dlambda from lambda(T) to lambda(eps).
 
@@ -262,7 +262,7 @@ class Importance(Proposal):
 
 
 class Velocity(Importance):
-    """Density proportional to sigmoid(lambda) over lambda = log-SNR; uniform in softplus(lambda):
+    """Density proportional to sigmoid(lambda) over lambda = log SNR; uniform in softplus(lambda):
 
         p(t) = sigmoid(lambda) g^2 / (Z sigma^2),  Z = softplus(lambda(eps)) - softplus(lambda(T)).
 

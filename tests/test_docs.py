@@ -1,5 +1,6 @@
 """Every Python block of the documentation runs by itself, and every link leads somewhere."""
 
+import ast
 import dataclasses
 import importlib
 import re
@@ -178,6 +179,8 @@ def formulas(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("grad_x log p_t(x)", r"\nabla_{x} \log p_{t}( x )"),
         ("sum_i w_{i-1} / 2", r"\sum_{i} \frac{w_{i - 1}}{2}"),
         ("a b / c d", r"\frac{a b}{c} d"),
+        ("[k, k+1) / L", r"\frac{[ k , k + 1 )}{L}"),
+        ("E|z - x^|^2 < 2e-5", r"\mathbb{E} \left| z - \hat{x} \right|^{2} < 2 \cdot 10^{-5}"),
         ("1/2 sqrt(1 - alpha^2)", r"\tfrac{1}{2} \sqrt{1 - \alpha^{2}}"),
     ],
 )
@@ -186,8 +189,60 @@ def test_a_formula_is_typeset_by_rule(text: str, latex: str, formulas: Any) -> N
 
 
 @pytest.mark.parametrize(
-    "text", ["log x / y", "density = Density(score)", "x = [1, 2", "two words"]
+    "text", ["log x / y", "2 / sum_j 1/v_j", "density = Density(score)", "x = [1, 2", "two words"]
 )
 def test_what_the_rules_do_not_cover_stays_as_it_is(text: str, formulas: Any) -> None:
     with pytest.raises(formulas.NoFormula):
         formulas.latex(text)
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "the SDE $dx = f(t) x dt + g(t) dw$ on $t$ in $[0, 1]$.",
+        "The kernel is $p(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I)$ with",
+        "$T$, or the time at which $alpha / sigma$ is small if $alpha(T) = 0$.",
+        "a sample $x$ and its $log |det dx/dy|$ (in nats), $(x_0, z)$'s mean",
+        "what a $log p_t$ of a path is, from $eps$ to $T$",
+        "$-log P(k) <= E[-log p(k + u) + log q(u | pixels)]$ for $t = 1e-5$.",
+        "noise ($rho = sigma / alpha$) and $W_i / sum W$, the sum",
+        # Words, shapes, code, flags, files and versions stay.
+        "a score, a mean and a sum of I, the prior and the noise in nats of log-SNR",
+        "images (n, h, w, c), numbers (n,) of a d x d matrix, uint8 (*s)",
+        "``alpha = 1`` with --mode=eval -h, k=3, a.npz, image_size, log_det, v0.1 and float32",
+        "E. Alpaydin and C. Kaynak, e.g. 4x4 pixels, 16-bit, i.e. NCSN++, appendix G.",
+        # So does all of a formula with a part that is not read.
+        "x = foo(y) + 2 and alpha * weight, the loss(x, t, z), sigma = ``std``",
+        "with C = basis diag(l) basis^T, $p(x)$ but (b - a)^7 / 1,512,000 h^(6)",
+    ],
+)
+def test_formulas_are_found_in_sentences(sentence: str, formulas: Any) -> None:
+    """They are those between dollar signs, which docstrings do not have."""
+    sentences = importlib.import_module("sentences")
+    found = [
+        text[span.start : span.end]
+        for text in re.split(r"``.*?``", sentence.replace("$", ""))
+        for span, _ in sentences.formulas(text)
+    ]
+    assert found == re.findall(r"\$(.*?)\$", sentence)
+
+
+@pytest.mark.parametrize(
+    ("text", "latex"),
+    [
+        ("x_t / sqrt(v)", r"x_{t} / \sqrt{v}"),
+        ("1/2 |z - e|^2 / d", r"\tfrac{1}{2} \left| z - e \right|^{2} / d"),
+        ("d/dt log p", r"\frac{d}{d t} \log p"),  # A factor follows: the slash would divide it too.
+    ],
+)
+def test_a_quotient_in_a_sentence_keeps_its_slash(text: str, latex: str, formulas: Any) -> None:
+    assert formulas.latex(text, inline=True) == latex
+
+
+def test_tables_of_docstrings_are_indented() -> None:
+    """A line with columns that is not indented would become running text."""
+    for path in sorted((ROOT / "sbml").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                text = ast.get_docstring(node) or ""
+                assert not re.findall(r"^\S.*\S {3,}\S.*", text, re.M), path

@@ -20,6 +20,7 @@ from typing import Any
 
 from formulas import NoFormula, latex
 from reference import MODULES, TYPES
+from sentences import formulas
 from sphinx.application import Sphinx
 
 from sbml import types as vocabulary
@@ -49,8 +50,17 @@ def prose(text: str) -> str:
     for match in MARKUP.finditer(text):
         name = MODULE.fullmatch(match[0])
         markup = f":py:mod:`{name[1]}`" if name and name[1] in MODULES else match[0]
-        parts += [escape(text[end : match.start()]), markup]
+        parts += [sentence(text[end : match.start()]), markup]
         end = match.end()
+    return "".join([*parts, sentence(text[end:])])
+
+
+def sentence(text: str) -> str:
+    """Text without markup as reStructuredText, with its formulas."""
+    parts, end = [], 0
+    for span, tex in formulas(text):
+        parts += [escape(text[end : span.start]), f":math:`{tex}`"]
+        end = span.end
     return "".join([*parts, escape(text[end:])])
 
 

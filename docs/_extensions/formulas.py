@@ -22,12 +22,13 @@ for known in ("log", "exp", "sin", "cos", "tanh", "det", "max", "min"):
     FUNCTIONS[known] = rf"\{known}"
 for known in (
     *("sigmoid", "softplus", "softmax", "logit", "expm1", "log1p"),
-    *("tr", "cov", "var", "Cov", "KL"),
+    *("tr", "cov", "var", "sd", "erf", "diag", "Cov", "KL"),
 ):
     FUNCTIONS[known] = rf"\operatorname{{{known}}}"
+FUNCTIONS["log2"] = r"\log_{2}"
 LETTERS = {"eps": r"\varepsilon"}
 for known in (
-    *("alpha", "beta", "gamma", "kappa", "lambda", "mu", "phi", "pi", "rho", "sigma", "tau"),
+    *("alpha", "beta", "gamma", "chi", "kappa", "lambda", "mu", "phi", "pi", "rho", "sigma", "tau"),
     *("theta", "eta", "Phi"),
 ):
     LETTERS[known] = rf"\{known}"
@@ -35,7 +36,7 @@ for known in (
 QUANTITIES = {
     *("prior", "diffusion", "divergence", "correction", "reconstruction", "decoder", "excess"),
     *("nats", "bits/dim", "value", "weight", "loss", "SNR", "snr", "ESS", "covariance", "freedom"),
-    *("stderr", "noise", "score", "shift", "scale", "path", "found", "before", "pixels"),
+    *("stderr", "std", "noise", "score", "shift", "scale", "path", "found", "before", "pixels"),
 }
 WORDS = {
     *("for", "every", "where", "in", "from", "to", "has", "is", "limited", "with", "of", "over"),
@@ -46,7 +47,7 @@ SIGNS |= {"<=": r"\le", ">=": r"\ge", "!=": r"\ne", "~": r"\sim", "->": r"\to"}
 SIGNS |= {"<-": r"\leftarrow", "=>": r"\Rightarrow", "-+": r"\mp", "+-": r"\pm"}
 CLOSING = {"(": ")", "[": "])", "|": "|"}  # [0, 1) is an interval
 TOKEN = re.compile(
-    r"(?P<number>\d+(\.\d+)?)(?![.\d]*\w)|(?P<name>bits/dim|[A-Za-z]+[0-9]*p?)"
+    r"(?P<number>\d+(\.\d+)?(e-?\d+)?)(?![.\d]*\w)|(?P<name>bits/dim|[A-Za-z]+[0-9]*p?)"
     r"|``(?P<code>[^`]+)``|(?P<sign>=>|<=|>=|!=|->|<-|-\+|\+-|[-+=<>~,;])|(?P<other>\|\||\.\.+|[\[\](){}|/_^'*.])"
 )
 
@@ -71,10 +72,10 @@ class Item(NamedTuple):
 
 
 class Parser:
-    """Reads a formula from left to right."""
+    """Reads a formula from left to right. ``inline``: it stands in a sentence."""
 
-    def __init__(self, text: str) -> None:
-        self.tokens, position = [], 0
+    def __init__(self, text: str, *, inline: bool = False) -> None:
+        self.tokens, self.inline, position = [], inline, 0
         while position < len(text):
             start = position + len(text[position:]) - len(text[position:].lstrip())
             if not (match := TOKEN.match(text, start)):
@@ -113,7 +114,12 @@ class Parser:
         after = self.tokens[1]
         if text == "/":
             return self.fraction(items)
-        if text in ("|", "||") and gap == after.gap and items and items[-1].kind != "sign":
+        if (
+            text in ("|", "||")
+            and gap == after.gap
+            and items
+            and items[-1].kind in ("factor", "word")
+        ):
             self.take()
             return Item("sign", r"\mid" if text == "|" else r"\,\|\,")
         if text == "." and (after.kind == "end" or after.text == "|" or (gap and after.gap)):
@@ -142,9 +148,19 @@ class Parser:
             raise NoFormula("a function below a slash needs brackets")
         while below[0].kind == "large" and self.tokens[0].kind in ("name", "number"):
             below.append(self.factor())
+        if self.touches("/"):
+            raise NoFormula("it is not clear what a second slash divides")
         numbers = all(item.tex.isdigit() for item in (*above, *below))
+        if self.inline and not numbers and not self.continues():
+            return Item("factor", f"{joined(above)} / {joined(below)}")
         over, under = naked(joined(above)), naked(joined(below))
         return Item("factor", rf"\{'t' if numbers else ''}frac{{{over}}}{{{under}}}")
+
+    def continues(self) -> bool:
+        """Whether the next token is a further factor, or divides what is before it."""
+        kind, text, gap = self.tokens[0]
+        bar = text == "|" and gap and not self.tokens[1].gap
+        return bar or kind in ("name", "number") or text in ("(", "[", "/")
 
     def factor(self) -> Item:
         """A name, a number or a bracket, with its marks and arguments."""
@@ -153,7 +169,7 @@ class Parser:
             return Item("factor", self.marks(self.bracket()))
         self.take()
         if kind == "number":
-            return Item("factor", self.marks(text))
+            return Item("factor", self.marks(power_of_ten(text)))
         if kind == "code":
             return Item("word", rf"\text{{{text[2:-2]}}}")
         if kind != "name":
@@ -196,7 +212,7 @@ class Parser:
                 tex += mark
             elif mark == "*" and ends:
                 above.append("*")
-            elif mark == "^" and (after.gap or after.text in (",", ")")):
+            elif mark == "^" and (after.gap or after.text in (",", ")", "|")):
                 tex = rf"\hat{{{tex}}}"
             elif mark in "*'":
                 raise NoFormula(mark)
@@ -242,6 +258,13 @@ def name(text: str, *, called: bool) -> Item:
     raise NoFormula(text)
 
 
+def power_of_ten(number: str) -> str:
+    """A number such as 2e-5 as it is written by hand."""
+    factor, _, power = number.partition("e")
+    factor = "" if factor == "1" else rf"{factor} \cdot "
+    return f"{factor}10^{{{power}}}" if power else number
+
+
 def joined(items: list[Item]) -> str:
     """The parts in a row, with thin spaces around words and before operators."""
     found = ""
@@ -257,21 +280,23 @@ def naked(tex: str) -> str:
     """``tex`` without the brackets around all of it."""
     match = re.fullmatch(r"(?:\\left)?[(\[] (.*) (?:\\right)?[)\]]", tex)
     depth = 0
-    for bracket in re.findall(r"[()\[\]]", match[1]) if match else [")"]:
-        depth += 1 if bracket in "([" else -1
-        if depth < 0:
+    for sign in re.findall(r"[()\[\]]|(?<!\\),", match[1]) if match else [")"]:
+        depth += {"(": 1, "[": 1, ",": 0}.get(sign, -1)
+        if depth < 0 or (depth == 0 and sign == ","):
             return tex
     return match[1] if match else tex
 
 
-def latex(text: str) -> str:
+def latex(text: str, *, inline: bool = False) -> str:
     """One line of formulas as LaTeX; a wide gap stays one.
+
+    A quotient in a sentence, ``inline``, keeps its slash if nothing is multiplied with it.
 
     Raises:
       NoFormula: if ``text`` is no formula.
     """
     parts = re.split(r"(?<![=<>~\s])\s{2,}(?![=<~\s])", text.strip())
-    tex = r" \qquad ".join(Parser(part).formula() for part in parts)
+    tex = r" \qquad ".join(Parser(part, inline=inline).formula() for part in parts)
     if not re.sub(r"\\text\{[^}]*\}|[\s,.]", "", tex):
         raise NoFormula("words only")
     return tex

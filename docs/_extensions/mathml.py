@@ -20,8 +20,8 @@ FACTOR = re.compile(
     r'((?:</m(?:i|n|frac|sub|sup|subsup|row|over|sqrt)>|<mo stretchy="false">\)</mo>)\s*)'
     r"(?=(?:<msub>\s*)?<mi>(?:log|exp|sin|cos|tanh|max|min|det)</mi>)"
 )
-# Of the two bars of a norm, browsers would stretch the first one only.
-BAR = re.compile(r"<mo>‖</mo>")
+# Of the two bars of a norm, browsers would stretch the first one only; they leave space at a slash.
+TIGHT = re.compile(r'<mo(?: stretchy="false")?>([‖/])</mo>')
 
 
 def markup(tex: str, *, as_block: bool) -> str:
@@ -35,7 +35,7 @@ def markup(tex: str, *, as_block: bool) -> str:
     except MathError as error:
         raise ExtensionError(f"the equation {tex!r}: {error}") from error
     element = FACTOR.sub(rf"\1{SPACE}", APPLICATION.sub(SPACE, element))
-    return BAR.sub('<mo stretchy="false" lspace="0" rspace="0">‖</mo>', element)
+    return TIGHT.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', element)
 
 
 def visit_inline(writer: Any, node: nodes.math) -> None:

@@ -1,9 +1,9 @@
 """Conversion of checkpoints of other published code: one file in this folder for each code.
 
-NETWORK                              the name of the network in its checkpoints
-CODE                                 the name of the code in messages
-KEY                                  a key that only its checkpoints have
-convert(config, workdir, path, tree) converts the checkpoint and writes it to ``workdir``
+    NETWORK                              the name of the network in its checkpoints
+    CODE                                 the name of the code in messages
+    KEY                                  a key that only its checkpoints have
+    convert(config, workdir, path, tree) converts the checkpoint and writes it to ``workdir``
 
 A model of diffusers is a folder instead of a file: see ``sbml.convert.diffusers``.
 """

@@ -7,7 +7,7 @@ eps. Then
 
 The distribution of alpha x is nearly that of c diffused to time eps, so the density to evaluate is
 p_eps. The position in the bin is u = 1/2 + e / (2 tau), and per dimension, with
-Z = erf(tau / sqrt 2),
+Z = erf(tau / sqrt(2)),
 
     log q(u) = log(2 tau) - e^2 / 2 - log(2 pi) / 2 - log Z,
     E log q(u) = log(2 tau) - (1 + log 2 pi) / 2 - log Z + tau exp(-tau^2 / 2) / (sqrt(2 pi) Z).

@@ -1,10 +1,12 @@
 """The report of a run: its results, its page, and the comparison of several runs.
 
-result          one number of an evaluation, with all that ``report.json`` has for it
-page            report.json and report.html from values
-summary         the same from the files of a work directory
-comparison      comparison.html, from several work directories
-table           the report.html of --mode=table, from its values
-plots           figures as SVG text
-pictures        images as grids and PNG files
+Its files:
+
+    result          one number of an evaluation, with all that ``report.json`` has for it
+    page            report.json and report.html from values
+    summary         the same from the files of a work directory
+    comparison      comparison.html, from several work directories
+    table           the report.html of --mode=table, from its values
+    plots           figures as SVG text
+    pictures        images as grids and PNG files
 """

@@ -11,7 +11,7 @@ one image, so the images of a batch do not influence each other.
 
 The step size of ``langevin`` depends on x through |score|, which biases the distribution. For
 Gaussian data with variances v_j, the relative bias of variance i is about
-2 (1/v_i) / sum_j 1/v_j. It is negligible for large images, but not in few dimensions or if few
+2 / (v_i sum_j 1 / v_j). It is negligible for large images, but not in few dimensions or if few
 directions are narrow. ``annealed_langevin`` does not have this bias.
 
 Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021, appendix G.

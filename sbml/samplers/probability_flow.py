@@ -1,8 +1,8 @@
 """The probability-flow ODE as a sampler: the inverse of the map of ``likelihood.ode_logp``.
 
-x(T) = z ~ N(0, S^2 I),      dx/dt = v(x, t)      from t = T down to eps      (``sbml.ode``)
+    x(T) = z ~ N(0, S^2 I),  dx/dt = v(x, t)  for t from T to eps
 
-S is the standard deviation of the prior.
+S is the standard deviation of the prior, and v the velocity of ``sbml.ode``.
 """
 
 import dataclasses

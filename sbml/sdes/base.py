@@ -251,7 +251,7 @@ class SDE(Kernel):
     """
 
     def drift_coef(self, t: Elementwise) -> Elementwise:
-        """f(t) = d log alpha / dt, a scalar."""
+        """f(t) = d/dt log alpha, a scalar."""
         return slope(lambda t: jnp.log(self.mean_coef(t)), t)
 
     def diffusion(self, t: Elementwise) -> Elementwise:

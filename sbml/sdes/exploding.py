@@ -1,7 +1,9 @@
-"""The variance-exploding SDEs: alpha = 1, and sigma grows geometrically or linearly.
+"""The variance-exploding SDEs, whose sigma grows geometrically or linearly.
 
-VE          sigma = sigma_min (sigma_max / sigma_min)^t
-linear VE   sigma = sigma_max t
+Both have alpha = 1:
+
+    VE          sigma = sigma_min (sigma_max / sigma_min)^t
+    linear VE   sigma = sigma_max t
 """
 
 import dataclasses

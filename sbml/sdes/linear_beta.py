@@ -1,7 +1,9 @@
-"""VP and subVP, whose beta(t) is linear. With its integral B(t),
+"""VP and subVP, whose beta(t) is linear.
 
-VP      alpha = exp(-B / 2)    sigma^2 = 1 - exp(-B)
-subVP   alpha = exp(-B / 2)    sigma = 1 - exp(-B)
+With its integral B(t),
+
+    VP      alpha = exp(-B / 2)    sigma^2 = 1 - exp(-B)
+    subVP   alpha = exp(-B / 2)    sigma = 1 - exp(-B)
 """
 
 import dataclasses

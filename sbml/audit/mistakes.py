@@ -42,7 +42,7 @@ from sbml.times import Importance
 from sbml.types import Array, Key, PyTree, Scalar, Score
 
 Numbers = np.ndarray | Array
-TOO_SMALL = "bound normalised"
+TOO_SMALL = "bound, normalised"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _mistake(
     name: str, fails: str, data: str = "uniform", within: float = math.inf
 ) -> Callable[[Nats], Nats]:
     def add(nats: Nats) -> Nats:
-        MISTAKES.append(Mistake(Estimator(name, nats, data, within), frozenset(fails.split())))
+        MISTAKES.append(Mistake(Estimator(name, nats, data, within), frozenset(fails.split(", "))))
         return nats
 
     return add
@@ -209,7 +209,7 @@ def clipped(*call: Any) -> Numbers:
     return np.minimum(_by_ode(*call), 4.0)
 
 
-@_mistake("outliers replaced by the median", "independent normalised")
+@_mistake("outliers replaced by the median", "independent, normalised")
 def medians(*call: Any) -> Numbers:
     """The largest tenth of the numbers is set to the median of all. Every image has a finite
     number, so that no count shows it, and the images that a model finds least probable are counted

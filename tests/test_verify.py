@@ -43,7 +43,10 @@ OF_ONE_SDE = {
     ways.loss_rows: {
         f"loss of {order} order in units of its expectation" for order in ("first", "second")
     },
-    ways.table_rows: {"table, log p of the rows", "table, log p of the Gaussian"},
+    ways.table_rows: {
+        *("table, log p of the rows", "table, log_prob of the rows", "table, log p of samples"),
+        "table, log p of the Gaussian",
+    },
     ways.codec_rows: {"bits of a coded image, and its bound", "bits of a file"},
 }
 EVERY = {(name, sde) for name in OF_AN_SDE for sde in SDES}

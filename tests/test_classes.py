@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,9 @@ from sbml.experiment import build, objective
 from sbml.modes import eval as evaluate
 from sbml.modes import latents, sample, train, train_dequantizer
 from sbml.networks import NETWORKS
+from sbml.posterior import Posterior
 from sbml.runtime.workdir import EVALUATION, Workdir
+from sbml.samplers import DDIM
 from sbml.types import Array, Key
 
 VP = sbml.VP()
@@ -82,6 +85,44 @@ def test_a_network_reads_the_class_of_each_example(name: str) -> None:
         init()
     plain = partial(dataclasses.replace(model, classes=0).init, train=False)
     assert "classes" not in jax.eval_shape(plain, jax.random.key(0), x, label)["params"]
+
+
+def test_the_loss_is_zero_for_a_score_that_knows_the_image_of_each_class(monkeypatch) -> None:
+    """Class c is the image of the level c. For another class c' the loss is
+    weight w(t) / 2 (alpha (m_c - m_c') / sigma)^2, where m_c is the centre of the bin of c."""
+    made = config()
+    made.data.dequantization = "centre"
+    made.training.update(noises="independent", proposal_bins=0, times="iid")
+    experiment = build.Experiment(made)
+    sde = experiment.sde
+
+    def centre(c):
+        return 2 * (c + 0.5) / 17 - 1
+
+    def given(c):
+        def score(x, t, key):
+            return jax.vmap(lambda x, t, c: (sde.mean_coef(t) * centre(c) - x) / sde.std(t) ** 2)(
+                x, t, c
+            )
+
+        score.batch = score
+        return score
+
+    score = SimpleNamespace(given=given)
+    monkeypatch.setattr(build.Experiment, "trained_score", lambda self, params: (score, sde))
+    label, given = np.array([3, 1, 4, 1], np.int32), np.array([3, 1, 6, 0], np.int32)
+    pixels = np.broadcast_to(label.astype(np.uint8).reshape(4, 1, 1, 1), (4, 8, 8, 1))
+
+    @jax.jit
+    def found_and_expected(batch, key):
+        draws = objective.prepare_fn(experiment)(batch, key, ())
+        away = (centre(label) - centre(given)) * sde.mean_coef(draws.t) / sde.std(draws.t)
+        expected = draws.weight * sde.rate(draws.t) / 2 * away**2
+        return objective.loss_fn(experiment)({}, draws, ()), expected
+
+    found, expected = found_and_expected((pixels, given), jax.random.key(0))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    assert (expected == 0).tolist() == [True, True, False, False]
 
 
 @pytest.mark.slow
@@ -147,6 +188,31 @@ def test_an_evaluation_has_bits_per_dim_given_the_label_and_the_classifier(train
     assert abs(own[np.isin(table["id"], ids)].mean() - given) < 0.05
 
 
+def test_the_numbers_of_a_classifier_are_those_of_bayes_rule(monkeypatch) -> None:
+    """Two classes give four integers these probabilities, and one class is rarer."""
+    table, prior = np.array([[0.1, 0.1, 0.3, 0.5], [0.4, 0.4, 0.1, 0.1]]), np.array([0.2, 0.8])
+
+    def classify(self, pixels, conditions, given, progress):
+        logp = np.log(table[conditions][:, pixels.ravel()]).T
+        log_det, every = np.zeros(len(logp)), np.arange(len(logp))
+        return Posterior.of(logp, log_det, np.log(given), every, logp, logp, lambda weights: 0.0)
+
+    monkeypatch.setattr(Density, "classify", classify)
+    density = Density(lambda x, t, key: -x, VP, (1, 1, 1), levels=4, eps=1e-3)
+    k, truth = np.array([0, 1, 2, 3, 3]), np.array([1, 0, 1, 0, 1])
+    pixels = k.astype(np.uint8).reshape(5, 1, 1, 1)
+    found = classifier._numbers(density, pixels, truth, np.array([1, 0, 1, 1, 1]))
+    given, mixture = table[truth, k], prior @ table[:, k]
+    for name, share in (
+        ("bits/dim of the mixture over classes", mixture),
+        ("bits/dim given the label", given),
+    ):
+        assert found[name] == pytest.approx(-np.log2(share).mean())
+    score = -np.log(prior[truth] * given / mixture).mean()
+    assert found["-log p(c | k), nats"] == pytest.approx(score)
+    assert found["accuracy"] == 0.6 and found[classifier.GUESS] == 0.8 and found["images"] == 5
+
+
 @pytest.mark.parametrize("accuracy", [0.05, 0.1, 0.15])
 def test_a_classifier_that_is_no_better_than_a_guess_gives_a_warning(accuracy: float) -> None:
     found = classifier.cautions({"accuracy": accuracy, classifier.GUESS: 0.1}, 1e-3)
@@ -175,6 +241,17 @@ def test_a_classifier_whose_solver_failed_gives_a_warning() -> None:
     numbers = classifier._numbers(density, pixels, truth, truth)
     (said,) = classifier.cautions(numbers, 1e-3)
     assert said.startswith("the classifier's log p is not finite for 1 of 8 images")
+
+
+def test_the_score_of_sample_i_is_that_of_class_i_modulo_their_number() -> None:
+    def score(x, t, key, c):
+        return c * x
+
+    how = samples.Recipe(VP, (1,), 17, 1e-3, DDIM(steps=3), False, classes=3)
+    found = [float(how.score(score, i)(2.0, 0.5, None)) for i in np.arange(7)]
+    assert found == [0, 2, 4, 0, 2, 4, 0]
+    plain = dataclasses.replace(how, classes=0)
+    assert plain.score(score, np.int32(1)) is score
 
 
 @pytest.mark.slow

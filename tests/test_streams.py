@@ -18,7 +18,7 @@ from sbml import streams
 from sbml.estimators import Cell
 from sbml.evaluation import cells, levels, samples
 from sbml.evaluation.inputs import Inputs, check_first_batch
-from sbml.experiment import build
+from sbml.experiment import build, objective
 from sbml.modes import latents, train, train_dequantizer
 from sbml.runtime.state import TrainState
 from sbml.runtime.workdir import Workdir
@@ -182,6 +182,33 @@ def records(tmp_path_factory):
 def test_the_code_of_a_name_is_neither_that_of_another_name_nor_a_counter():
     codes = list(streams.CODES.values())
     assert len(set(codes)) == len(codes) and min(codes) > COUNTERS
+
+
+@pytest.mark.parametrize(
+    ("mode", "last"), [(objective, "rows"), (train_dequantizer, "bound")], ids=["score", "flow"]
+)
+def test_each_purpose_of_a_step_has_a_stream_of_its_own(mode, last, monkeypatch):
+    """No name is folded twice into one key of the draws of a batch, and no key is split twice."""
+    used, kept, fold_in, split = [], [], jax.random.fold_in, jax.random.split
+
+    def folding(key, number):
+        kept.append(key)
+        used.append((id(key), number))
+        return fold_in(key, number)
+
+    def splitting(key, n):
+        kept.append(key)
+        used.append((id(key), "split"))
+        return split(key, n)
+
+    prepare = mode.prepare_fn(build.Experiment(config()))
+    monkeypatch.setattr(jax.random, "fold_in", folding)
+    monkeypatch.setattr(jax.random, "split", splitting)
+    key, pixels = jax.random.key(0), np.zeros((8, 8, 8, 1), np.uint8)
+    jax.eval_shape(prepare, pixels, key, np.ones((2, 32), np.float32))
+    assert len(used) == len(set(used))
+    names = {streams.CODES[name] for name in ("dequantization", "times", last)}
+    assert names == {number for at, number in used if at == used[0][0]}
 
 
 @pytest.mark.slow

@@ -4,12 +4,16 @@ import itertools
 import os
 import signal
 
+import cell_runs
 import jax
 import numpy as np
 import pytest
 import runs
 import tiny
 
+from sbml.estimators import Cell
+from sbml.evaluation import cells, validation
+from sbml.evaluation.inputs import Inputs
 from sbml.experiment import build
 from sbml.modes import eval as evaluation
 from sbml.modes import train
@@ -55,6 +59,24 @@ def test_a_point_is_the_number_of_an_evaluation(trained):
     last = metrics.read(trained)[-1]
     assert (result.n, last["step"]) == (41, STEPS)
     np.testing.assert_allclose(last[COLUMN], result.bits_per_dim, rtol=1e-6)
+
+
+def test_a_point_is_the_mean_over_images_and_sweeps(digits_model, tmp_path):
+    """Its standard error is that of the mean over the images."""
+    config = config_of(validation_images=6)
+    config.eval.bound.update(sweeps=2, control=False)
+    experiment = build.Experiment(config)
+    restored, train_images = experiment.restore(digits_model), experiment.images("train")
+    validate = validation.validator(experiment, train_images, restored.metadata, Workdir(tmp_path))
+    point = validate(restored.state)
+    cell, shown = Cell("bound", "uniform"), experiment.for_validation()
+    images = experiment.images("validation")
+    shared = Inputs(shown, restored, Workdir(tmp_path), images, train_images)
+    run = cells.CellRun(shared, cell, shared.dequantization("uniform"), stored=False)
+    each = np.mean([cell_runs.numbers(run, run.measurement.ids, i) for i in (0, 1)], axis=0)
+    stderr = each.std(ddof=1) / np.sqrt(6)
+    assert point == pytest.approx({COLUMN: each.mean(), "validation_stderr": stderr})
+    assert len(each) == 6 and each.std() > 0
 
 
 @pytest.mark.slow

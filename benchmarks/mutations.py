@@ -1,6 +1,6 @@
 """Plants mistakes in a copy of the package, and shows which test notices each of them.
 
-    python benchmarks/mutations.py [--only=NAME ...] [--set=first|all] [--mode=tests|verify]
+    python benchmarks/mutations.py [--only=NAME ...] [--mode=tests|verify]
 
 A mistake replaces one text of one file. The text must occur exactly once in the file, so a mistake
 whose code has moved stops the program with an error. First, all named tests must pass without a
@@ -8,7 +8,7 @@ mistake. Then each mistake is planted alone, and the tests that are named with i
 fails. A row of the printed table has the mistake, its file, the first test that fails and the
 seconds of this run. The exit status is 1 if a mistake is not noticed.
 
-``--set=first`` runs only the tests that plain ``pytest`` runs; ``all`` runs the slow ones too. With
+Of the named tests, only those run that plain ``pytest`` runs, which are not marked slow. With
 ``--mode=verify``, ``python -m sbml.main --mode=verify`` takes the place of the tests, and the rows
 of its table that fail are named.
 """
@@ -27,8 +27,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
-ALL = "not notebook and not frameworks"
-SETS = {"first": f"not slow and {ALL}", "all": ALL}  # marker expressions of pytest
+QUICK = "not slow and not notebook and not frameworks"  # pytest's marker expression
 LIMIT = 1200  # seconds for one run of tests, or of --mode=verify
 
 
@@ -342,11 +341,11 @@ MISTAKES = (
         ("test_data.py::test_digits_are_scikit_learns_file",),
     ),
     Mistake(
-        "two devices draw the same noise",
-        "sbml/experiment/objective.py",
-        'split(stream(key, "rows"), n)',
-        'split(stream(key, "rows"), n)[jnp.arange(n) % (n // 2)]',
-        ("test_train_draws.py::test_antithetic_pairs_are_one_image_and_time_with_opposite_noise",),
+        "all processes read the rows of the first",
+        "sbml/data/_pipeline.py",
+        "slice(process_index * local, (process_index + 1) * local)",
+        "slice(0, local)",
+        ("test_data_batches.py::test_process_shards_make_up_the_global_batch",),
     ),
     Mistake(
         "test images are shuffled",
@@ -369,7 +368,49 @@ MISTAKES = (
         "pass",
         ("test_lock.py",),
     ),
+    # Modes: what they train on and report.
+    Mistake(
+        "class labels are zero in training",
+        "sbml/experiment/objective.py",
+        "conditioned(score, draws.label)",
+        "conditioned(score, None if draws.label is None else 0 * draws.label)",
+        ("test_classes.py::test_the_loss_is_zero_for_a_score_that_knows_the_image_of_each_class",),
+    ),
+    Mistake(
+        "training of a dequantizer: sign of log q",
+        "sbml/modes/train_dequantizer.py",
+        "(nll + log_q) / dims",
+        "(nll - log_q) / dims",
+        ("test_train_dequantizer.py::test_the_loss_is_the_bound_plus_log_q",),
+    ),
+    Mistake(
+        "training of a dequantizer: bound and dequantization have one key",
+        "sbml/modes/train_dequantizer.py",
+        'split(stream(key, "bound"), n)',
+        'split(stream(key, "dequantization"), n)',
+        ("test_streams.py::test_each_purpose_of_a_step_has_a_stream_of_its_own",),
+    ),
+    Mistake(
+        "classifier: prior dropped from the mixture",
+        "sbml/evaluation/classifier.py",
+        "special.logsumexp(found.log_prob + np.log(prior), axis=1)",
+        "special.logsumexp(found.log_prob, axis=1)",
+        ("test_classes.py::test_the_numbers_of_a_classifier_are_those_of_bayes_rule",),
+    ),
+    Mistake(
+        "latents: data are moved",
+        "sbml/modes/latents.py",
+        "images.levels) / factor",
+        "images.levels) / factor + 0.1",
+        ("test_latents.py::test_the_operations_with_a_score_in_closed_form",),
+    ),
 )
+
+
+def defines(path: pathlib.Path, name: str) -> bool:
+    """Whether a file of tests has the test ``name``; without a name, whether it has any."""
+    name = name.partition("[")[0]
+    return f"def {name}(" in path.read_text() if name else "def test_" in path.read_text()
 
 
 def check(mistakes: Sequence[Mistake] = MISTAKES) -> None:
@@ -384,7 +425,7 @@ def check(mistakes: Sequence[Mistake] = MISTAKES) -> None:
         for test in each.tests:
             file, _, name = test.partition("::")
             path = ROOT / "tests" / file
-            if not path.exists() or f"def {name.partition('[')[0]}" not in path.read_text():
+            if not path.exists() or not defines(path, name):
                 raise ValueError(
                     f"mistake {each.name!r}: there is no test {test}; name the one that notices "
                     "the mistake in benchmarks/mutations.py"
@@ -421,9 +462,9 @@ def run(command: list[str], folder: pathlib.Path) -> tuple[int, str]:
     return process.returncode, output
 
 
-def first_failure(tests: Sequence[str], marker: str, folder: pathlib.Path) -> str:
-    """The first of ``tests`` that fails, or "" if none does or if ``marker`` leaves out all."""
-    options = ["-n", "0", "-x", "-p", "no:cacheprovider", "-m", marker]
+def first_failure(tests: Sequence[str], folder: pathlib.Path) -> str:
+    """The first of the quick ones of ``tests`` that fails, or "" if none does."""
+    options = ["-n", "0", "-x", "-p", "no:cacheprovider", "-m", QUICK]
     status, output = run(["pytest", *options, *(f"tests/{test}" for test in tests)], folder)
     failed = re.search(r"(?m)^(?:FAILED|ERROR) tests/(\S+)", output)
     if status in (0, 5) or (status == 1 and failed):
@@ -445,7 +486,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [each.name for each in MISTAKES]
     parser.add_argument("--only", action="append", choices=names, metavar="NAME")
-    parser.add_argument("--set", choices=SETS, default="first")
     parser.add_argument("--mode", choices=("tests", "verify"), default="tests")
     args = parser.parse_args()
     chosen = [each for each in MISTAKES if not args.only or each.name in args.only]
@@ -458,7 +498,7 @@ def main() -> None:
         def failure(tests: Sequence[str]) -> str:
             if args.mode == "verify":
                 return failed_rows(folder)
-            return first_failure(tests, SETS[args.set], folder)
+            return first_failure(tests, folder)
 
         every = sorted({test for each in chosen for test in each.tests})
         if failed := failure(every):

@@ -420,7 +420,9 @@ def test_folders_with_missing_or_damaged_files_are_errors(tmp_path: Path) -> Non
         folder, ours, r"no diff.*safetensors in .*, which has config.json, .*\.bin: write it by"
     )
     (folder / "unet" / "config.json").unlink()
-    refused(folder, ours, r"unet/config.json cannot be read \(No such file or directory\): give the")
+    refused(
+        folder, ours, r"unet/config.json cannot be read \(No such file or directory\): give the"
+    )
     for content, reason in (
         ("{", "Expecting property name .*"),
         ("[1]", "it is no JSON object"),

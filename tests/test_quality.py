@@ -19,7 +19,6 @@ from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.files import read_json, write_json, write_npz
 from sbml.runtime.workdir import EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES, Workdir
 
-
 CHECKPOINT = {"step": 3, "parameters_crc32": 7}
 CONFIG = {"training": {"batch_size": 16}}
 

@@ -693,6 +693,7 @@ class Density:
             array = jnp.broadcast_to(array, (*batch, *shape))
             return array.reshape(-1, *shape)
 
+        structure: Any
         flat, structure = jax.tree.flatten(shapes, is_leaf=_is_shape)
         try:
             leaves = structure.flatten_up_to(condition)

@@ -129,8 +129,7 @@ class Workdir(os.PathLike):
             self.path = epath.Path(refusals.relative(str(expanded)))
         except KeyError:
             raise ValueError(
-                f"{path} is no folder of a known kind: set --workdir to a local path, or to "
-                "gs://bucket/folder"
+                f"{path} is no folder of a known kind: give a local path, or gs://bucket/folder"
             ) from None
         if (size := len(os.fsencode(self.absolute))) > LONGEST:
             raise ValueError(
@@ -167,10 +166,10 @@ class Workdir(os.PathLike):
         return lock.owner(self.path, purpose)
 
     def connect(self) -> Self:
-        """This work directory, after a check that it is no file, and that its object store answers,
-        if it is in one."""
-        if os.path.isfile(self):
-            raise ValueError(f"{self} is a file: set --workdir to a folder")
+        """This work directory, after a check that it is neither a file nor below one, and that its
+        object store answers, if it is in one."""
+        for path in filter(os.path.isfile, (self.path, *self.path.parents)):
+            raise ValueError(f"{path} is a file: give a folder")
         try:
             if remote(self.path):
                 # Without a network, gcsfs would try for a minute and show its traceback.

@@ -20,7 +20,7 @@ from sbml.runtime.files import read_json, write_json, write_npz
 from sbml.runtime.workdir import EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES, Workdir
 
 CHECKPOINT = {"step": 3, "parameters_crc32": 7}
-CONFIG = {"training": {"batch_size": 16}}
+MODEL = {"model": {"name": "mlp", "parameters": 8480}, "config": {"training": {"batch_size": 16}}}
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_the_report_shows_the_quality_of_its_own_samples(
     real = data.load("digits", "test")
     workdir = samples(tmp_path / "w", real.images[:20])
     evaluation = {"title": "w", "results": [runs.result(np.ones(2))], "checkpoint": CHECKPOINT}
-    evaluation |= {"data": {"test": real.fingerprint}, "warnings": [], "config": CONFIG}
+    evaluation |= {"data": {"test": real.fingerprint}, "warnings": [], **MODEL}
     evaluation |= {"command": "eval"}
     write_json(workdir / EVALUATION, evaluation)
     columns = {"id": np.arange(2), "bits_per_dim": np.ones(2), "nfe": np.ones(2)}
@@ -207,7 +207,7 @@ def test_a_report_is_never_shown_with_the_images_of_another_split(
     sets = {split: data.load("digits", split) for split in ("train", "test")}
     results = [runs.result(np.ones(1), split="train")]
     evaluation = {"title": "w", "results": results, "checkpoint": CHECKPOINT}
-    evaluation |= {"data": {"train": sets["train"].fingerprint}, "warnings": [], "config": CONFIG}
+    evaluation |= {"data": {"train": sets["train"].fingerprint}, "warnings": [], **MODEL}
     write_json(tmp_path / EVALUATION, evaluation)
     columns = {"id": np.array([1400]), "bits_per_dim": np.ones(1), "nfe": np.ones(1)}
     write_npz(tmp_path / PER_IMAGE, columns)

@@ -67,6 +67,7 @@ def evaluated(workdir: Path, checkpoint: dict[str, int]) -> float:
         "warnings": [],
         "checkpoint": checkpoint,
         "config": {"training": {"batch_size": 16}},
+        "model": {"name": "mlp", "parameters": 8480},
         "data": {"test": images.fingerprint},
     }
     Workdir(workdir).write(EVALUATION, strict(evaluation))
@@ -233,7 +234,8 @@ def test_costs_are_those_of_the_training_that_made_the_checkpoint(tmp_path: Path
         *[("checkpoint", {}), ("checkpoint", {"step": "2", "parameters_crc32": 7})],
         *[("title", {"a": 1}), ("command", 4), ("tables", 5), ("tables", {PER_IMAGE: "7"})],
         *[("versions", [1]), ("versions", {}), ("model", 3), ("model", {}), ("classes", [3])],
-        *[("baselines", 3), ("baselines", [{"a": 1}]), ("baselines_left_out", 3), ("data", [1])],
+        *[("baselines", 3), ("baselines", [{"a": 1}]), ("baselines_left_out", 3)],
+        *[("data", [1]), ("data", {"test": {}})],
         *[("classifier", 3), ("classifier", {"a": "b"}), ("noise_levels", {}), ("warnings", [1])],
         *[("results", []), ("results", [3])],
     ],

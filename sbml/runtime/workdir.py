@@ -79,6 +79,10 @@ def _form(holds: Mapping[str, Any]) -> type[pydantic.BaseModel]:
 Number: Any = float | Literal["NaN", "Infinity", "-Infinity"]  # ``report.result.strict``
 _Curve: Any = list[Number]
 _Baseline: Any = _form({"name": str, "bits_per_dim": Number, "ci95?": Number, "interval?": _Curve})
+_Data: Any = _form(
+    {"shape": list[int], **dict.fromkeys(("name", "split", "id"), str)}
+    | dict.fromkeys(("count", "levels"), int)
+)
 # What other modes and the reports use of a file.
 FORMS: dict[str, Any] = {
     EVALUATION: _form(
@@ -86,9 +90,9 @@ FORMS: dict[str, Any] = {
             "results": Annotated[list[dict[str, Any]], MinLen(1)],
             "warnings": list[str],
             "checkpoint": _form({"step": int, "parameters_crc32": int}),
-            "data": dict[str, dict[str, Any]],
+            "data": dict[str, _Data],
             "config": _form({"training": _form({"batch_size": int})}),
-            "model?": _form({"name": str, "parameters": int}),
+            "model": _form({"name": str, "parameters": int}),
             "versions?": _form({"sbml": str, "devices": str}),
             "noise_levels?": _form(
                 dict.fromkeys(("edges", "split", "train", "split_stderr", "train_stderr"), _Curve)

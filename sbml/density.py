@@ -165,7 +165,7 @@ class Density:
             if not _is_shape(shape):
                 raise ValueError(
                     f"condition_shape is {shown(self.condition_shape)}: give a shape such as (3,), "
-                    "or a pytree of shapes"
+                    "or a pytree of shapes, with sizes of at least 1"
                 )
         if self.transform is not None:
             transforms.check_methods(self.transform, self.shape)
@@ -683,7 +683,7 @@ class Density:
 
         def each(leaf: Any, shape: tuple[int, ...]) -> Array:
             try:
-                array = jnp.asarray(leaf)
+                array = jnp.asarray(_array(leaf))
             except TypeError:
                 raise ValueError(f"condition is {shown(leaf)}: give arrays of numbers") from None
             if array.shape not in (shape, (*batch, *shape)):
@@ -695,12 +695,14 @@ class Density:
             return array.reshape(-1, *shape)
 
         structure: Any
-        leaves, structure = jax.tree.flatten(condition)
-        flat, expected = jax.tree.flatten(shapes, is_leaf=_is_shape)
-        if structure != expected:
+        flat, structure = jax.tree.flatten(shapes, is_leaf=_is_shape)
+        try:
+            leaves = structure.flatten_up_to(condition)
+        except ValueError:
+            found = jax.tree.structure(condition)
             raise ValueError(
-                f"condition is the pytree {structure}: give one like condition_shape={shapes}"
-            )
+                f"condition is the pytree {found}: give one like condition_shape={shapes}"
+            ) from None
         return jax.tree.unflatten(structure, map(each, leaves, flat))
 
     def _model_data(self, x: Any) -> tuple[Examples, np.ndarray]:
@@ -710,10 +712,12 @@ class Density:
             return y, np.zeros(len(y))
         y = self._continuous(x, np.float64)
         found, log_det = transforms.in_float64(transforms.inverse, self.transform, y)
-        if not np.all(np.isfinite(log_det)):
+        if len(lost := np.flatnonzero(~np.isfinite(log_det))):
             raise ValueError(
-                f"transform={type(self.transform).__name__}: its log-determinant is not finite for "
-                f"the examples {_some(np.flatnonzero(~np.isfinite(log_det)))}: leave them out"
+                f"transform={type(self.transform).__name__}: log |det df^-1/dy| is not finite for "
+                f"the examples {_some(lost)}, but {log_det[lost[0]]}. Where it is -inf, the "
+                "density is 0 and log p is -inf, so the mean would be -inf; without these examples "
+                "it would be too good: give a transform whose range contains all data"
             )
         return self._continuous(found), log_det
 
@@ -832,15 +836,25 @@ class Density:
 
 
 def _is_shape(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(n, int) and n >= 0 for n in value)
+    return isinstance(value, tuple) and all(isinstance(n, int) and n >= 1 for n in value)
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(leaf, int | float | np.number) for leaf in jax.tree.leaves(value)
+    )
 
 
 def _array(condition: Any) -> Any:
-    """A list of numbers as an array, because JAX takes it for a pytree; others unchanged."""
-    numbers = isinstance(condition, list) and all(
-        isinstance(leaf, int | float) for leaf in jax.tree.leaves(condition)
-    )
-    return np.asarray(condition) if numbers else condition
+    """``condition`` with lists of numbers as arrays, because JAX takes them for pytrees."""
+
+    def each(part: Any) -> Any:
+        try:
+            return np.asarray(part) if _is_numbers(part) else part
+        except ValueError:
+            raise ValueError(f"condition is {shown(part)}: give lists of one length") from None
+
+    return jax.tree.map(each, condition, is_leaf=_is_numbers)
 
 
 def _flatten(density: Density) -> tuple[tuple[Any, ...], Any]:
@@ -949,7 +963,7 @@ def _each(f: Callable[..., Any], rows: Any, size: int) -> Any:
     """
     n = len(jax.tree.leaves(rows)[0])
     batches = -(-n // size)
-    if batches == 1:
+    if batches <= 1:
         return jax.vmap(f)(rows)
     places = np.minimum(np.arange(batches * -(-n // batches)), n - 1).reshape(batches, -1)
     found = jax.lax.map(jax.vmap(f), jax.tree.map(lambda leaf: leaf[places], rows))

@@ -164,8 +164,8 @@ class Trace:
             return basis(shape)
         if key is None:
             raise ValueError(
-                f"key=None with a {self.kind} trace, which draws probes: pass a key, or use "
-                "kind='exact'"
+                f"key=None with a {self.kind} trace, which draws probes: pass a key, or use the "
+                "exact trace, Trace('exact')"
             )
         return probes(key, shape, self.probes, self.kind)
 

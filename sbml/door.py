@@ -48,7 +48,10 @@ _KINDS = {
 _NAMES: dict[Any, str] = {
     int: "an integer",
     float: "a number",
+    bool: "True or False",
     str: "a text",
+    list: "a list",
+    dict: "a dict",
     tuple: "a tuple",
     type(None): "None",
 }
@@ -184,9 +187,11 @@ def needs(hint: Any, broken: Collection[Any] = ()) -> str:
         scalar = "" if float in parts else "none"
         named = [p for p in parts if p is not np.number and getattr(p, "dim_str", None) != scalar]
         return " or ".join(dict.fromkeys(needs(each, broken) for each in named))
-    if origin is type:
-        public = re.sub(r"\._\w+", "", parts[0].__module__)
-        return f"a class derived from {public}.{parts[0].__name__}"
     if Callable in (hint, origin):
         return "a function"
-    return _NAMES.get(origin or hint, getattr(hint, "__name__", str(hint)))
+    kind = parts[0] if origin is type else origin or hint
+    if kind in _NAMES or not isinstance(kind, type):
+        return _NAMES.get(kind, str(kind))
+    what = "a class derived from" if origin is type else "an object of the class"
+    public = re.sub(r"\._\w+", "", kind.__module__)
+    return f"{what} {public}.{kind.__name__}"

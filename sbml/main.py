@@ -45,6 +45,7 @@ from sbml import compiler, registry
 from sbml.experiment import config as configs
 from sbml.experiment import reference, renamed
 from sbml.experiment.config import Config
+from sbml.experiment.fields import errors_of
 from sbml.experiment.training import Training
 from sbml.modes import GIVEN, MODES, OF_CONFIG, Mode, parameters_of
 from sbml.modes import overview as modes_in_words
@@ -180,7 +181,8 @@ def read_config(options: Namespace, own: ConfigDict | None) -> tuple[Config | No
 
     Without it, it is the config in the checkpoint of ``--workdir``, if there is one.
     """
-    workdir = None if options.workdir is None else Workdir(options.workdir).connect()
+    with errors_of("--workdir"):
+        workdir = None if options.workdir is None else Workdir(options.workdir).connect()
     if own is not None:
         workdir = workdir or Workdir(f"runs/{run_name(options.config)}")
         return configs.with_overrides(own, options.fields), workdir

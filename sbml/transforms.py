@@ -42,8 +42,8 @@ def inverse(f: Any, y: Array) -> tuple[Array, Array]:
         return y, jnp.zeros(len(y), y.dtype)
     x, log_det = jax.vmap(f.inverse_and_log_det)(y)
     check(f, y)
-    log_det = log_det.reshape(len(y), -1).sum(axis=1)
-    inside, known = (jnp.isfinite(a.reshape(len(y), -1)).all(axis=1) for a in (x, y))
+    log_det = log_det.sum(axis=tuple(range(1, log_det.ndim)))
+    inside, known = (jnp.isfinite(a).all(axis=tuple(range(1, a.ndim))) for a in (x, y))
     outside = known & ~inside
     x = jnp.where(outside.reshape(-1, *[1] * (x.ndim - 1)), 0, x)
     return x, jnp.where(outside, -jnp.inf, log_det)
@@ -110,7 +110,18 @@ def check_methods(f: Any, shape: tuple[int, ...]) -> None:
             "inverse_and_log_det"
         )
     one = jax.ShapeDtypeStruct(shape, jnp.result_type(float))
-    y, pair = (jax.eval_shape(getattr(f, name), one) for name in names)
+
+    def of_one(name: str) -> Any:
+        try:
+            return jax.eval_shape(getattr(f, name), one)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise ValueError(
+                f"transform={type(f).__name__}: {name} of an example of shape {shape} failed with "
+                f"{reason}: correct it, or the shape"
+            ) from error
+
+    y, pair = map(of_one, names)
     if not isinstance(pair, tuple | list) or len(pair) != 2 or not hasattr(pair[1], "shape"):
         raise ValueError(
             f"transform={type(f).__name__}: inverse_and_log_det returned {shown(pair)}: return "

@@ -18,6 +18,7 @@ from sbml.runtime.trees import table_crc32, tree_crc32
 from sbml.runtime.workdir import EVALUATION, PER_IMAGE, QUALITY, SAMPLES, Workdir
 
 IMAGES = {"name": "digits", "split": "test", "count": 50, "shape": [2, 2, 1], "levels": 17}
+TRAINING = {"training": {"batch_size": 16}}
 UNREAD = ("nfe", "failed", "sampler")  # what a comparison does not use
 # The bits/dim of each image, nearly the same for all models.
 HARDNESS = np.random.default_rng(0).normal(2, 0.5, 50)
@@ -31,8 +32,9 @@ def result(bits: np.ndarray, **fields: object) -> dict:
 def write(path, ids: np.ndarray, bits: np.ndarray, sha: str = "a", **extra) -> Workdir:
     """An evaluated work directory."""
     workdir = Workdir(path)
-    config = {"seed": len(path.name), "model": {"name": "mlp", "width": 32}}
-    about = {"model": {"name": "mlp", "parameters": 8480}, "checkpoint": {"step": 40}}
+    config = {"seed": len(path.name), "model": {"name": "mlp", "width": 32}, **TRAINING}
+    about = {"model": {"name": "mlp", "parameters": 8480}}
+    about["checkpoint"] = {"step": 40, "parameters_crc32": 7}
     data = {"test": {**IMAGES, "id": sha}}
     results = [result(bits)]
     columns = {"id": ids, "ode_uniform_bits_per_dim": bits}
@@ -48,7 +50,8 @@ def write(path, ids: np.ndarray, bits: np.ndarray, sha: str = "a", **extra) -> W
 
 
 def samples(images: np.ndarray, step: int) -> dict:
-    return {"images": images, "step": np.asarray(step), **dict.fromkeys(UNREAD, np.zeros(1))}
+    origin = {"step": np.asarray(step), "parameters_crc32": np.asarray(7)}
+    return {"images": images, **origin, **dict.fromkeys(UNREAD, np.zeros(1))}
 
 
 def test_differences_are_computed_from_the_images_that_both_runs_have(tmp_path):
@@ -201,7 +204,7 @@ def test_settings_that_differ_are_shown_as_in_the_file(tmp_path):
     }.items():
         workdir = write(tmp_path / name, np.arange(50), HARDNESS)
         content = workdir.read(EVALUATION)
-        content["config"] = {"data": fields, "seed": 0}
+        content["config"] = {"data": fields, "seed": 0, **TRAINING}
         workdir.write(EVALUATION, content)
         runs.append(Run.read(workdir))
     assert comparison.differing(runs) == {

@@ -97,6 +97,12 @@ def test_a_folder_of_images_goes_to_a_file_and_back(coded: Path, tmp_path: Path)
         runs.mode(compress.run, config(), tmp_path / "b", source=str(first))
 
 
+def test_the_source_of_images_is_a_folder() -> None:
+    unused: Any = None
+    with pytest.raises(ValueError, match=r"--source=.*\.py is no folder: give a folder of images"):
+        compress.run(unused, unused, source=__file__)
+
+
 def picture(path: Path, *, channels: int = 3, **options: Any) -> None:
     Image.fromarray(pictures.pixels(8, 8, channels)).save(path, **options)
 

@@ -420,9 +420,16 @@ def test_folders_with_missing_or_damaged_files_are_errors(tmp_path: Path) -> Non
         folder, ours, r"no diff.*safetensors in .*, which has config.json, .*\.bin: write it by"
     )
     (folder / "unet" / "config.json").unlink()
-    refused(folder, ours, "unet/config.json cannot be read .*: give the folder that save_pretrain")
-    (folder / "unet" / "config.json").write_text("{")
-    refused(folder, ours, "config.json cannot be read .*: give the folder that save_pretrained")
+    refused(
+        folder, ours, r"unet/config.json cannot be read \(No such file or directory\): give the"
+    )
+    for content, reason in (
+        ("{", "Expecting property name .*"),
+        ("[1]", "it is no JSON object"),
+        ("[" * 100_000, "maximum recursion depth exceeded.*"),
+    ):
+        (folder / "unet" / "config.json").write_text(content)
+        refused(folder, ours, rf"config.json cannot be read \({reason}\): give the folder that")
     (folder / "scheduler" / "scheduler_config.json").unlink()
     (folder / "unet" / "config.json").write_text("{}")
     refused(folder, ours, "scheduler_config.json cannot be read .*: give the folder that save_pre")

@@ -288,6 +288,34 @@ def test_the_posterior_of_classes_and_of_integers() -> None:
     assert noisy.noise.mean < 0.2 and noisy.log_prob.shape == (20, 3)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_of_no_examples_there_is_no_log_p() -> None:
+    d = sbml.Density(lambda x, t, key, c: c - x, VP(), (3,), solver=STEPS, transform=halves())
+    assert d.log_prob(X[:0], condition=np.zeros(0)).shape == (0,)
+    x, condition = np.zeros((2, 0, 3)), np.float32(0.3)
+    assert jax.eval_shape(d.log_prob, x, None, condition).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "given", "expected"),
+    [
+        ((), [1, 2], np.array([1, 2])),
+        ((2,), [0.1, np.float32(0.2)], np.tile([0.1, np.float32(0.2)], (2, 1))),
+        ((2,), {"a": [1, 2]}, {"a": np.array([[1, 2]] * 2)}),
+        ({"a": (2,), "b": ()}, {"a": [1, 2], "b": 3}, {"a": np.array([[1, 2]] * 2), "b": [3, 3]}),
+        ({"a": (1,), "b": ()}, {"a": [(1,), (2,)], "b": 3}, {"a": [[1], [2]], "b": [3, 3]}),
+    ],
+)
+def test_lists_of_numbers_are_arrays_anywhere_in_a_condition(
+    shape: Any, given: Any, expected: Any
+) -> None:
+    score = conditional() if shape == () else lambda x, t, key, c: -x
+    found = sbml.Density(score, SDE, (3,), condition_shape=shape)._conditions(given, (2,))
+    for name in expected if isinstance(expected, dict) else [None]:
+        one, other = (each if name is None else each[name] for each in (found, expected))
+        np.testing.assert_array_equal(one, other)
+
+
 def halves(**methods: Any) -> types.SimpleNamespace:
     """The transform y = x / 2 with other ``methods``."""
     usual = {"forward": lambda x: x / 2, "inverse_and_log_det": lambda y: (2 * y, jnp.log(2))}
@@ -313,7 +341,7 @@ def test_a_change_of_variables_keeps_the_mass() -> None:
     outside = y * [[1, -1, 1]]
     outside[0, 2] = np.nan
     assert np.isnan(d.log_prob(outside)[0]) and (d.log_prob(outside)[1:] == -np.inf).all()
-    with pytest.raises(ValueError, match="its log-determinant is not finite for the examples 0, 1"):
+    with pytest.raises(ValueError, match="the examples 0, 1, 2, 3, but -inf.* the mean would be"):
         d.logp(-y)
     both = d.bound(y).mean - density().bound(X).mean
     assert both == pytest.approx(np.log(y).sum(axis=1).mean(), abs=1e-9)
@@ -573,6 +601,10 @@ def test_modules_of_several_frameworks_give_the_same_density() -> None:
             r"inverse_and_log_det returned None \(NoneType\): return x and log",
         ),
         (
+            lambda: density(transform=halves(inverse_and_log_det=lambda y: {}["a"])),
+            r"inverse_and_log_det of an example of shape \(3,\) failed with KeyError: 'a': correct",
+        ),
+        (
             lambda: density(transform=halves(forward=lambda x: None)),
             r"forward of an example of shape \(3,\) returned None",
         ),
@@ -592,6 +624,19 @@ def test_modules_of_several_frameworks_give_the_same_density() -> None:
             r"condition_shape is 3 \(int\): give a shape such as \(3,\)",
         ),
         (lambda: density(condition_shape={"a": (-1,)}), "condition_shape is {'a'.*: give a shape"),
+        (lambda: density(condition_shape=(0,)), "condition_shape is .* with sizes of at least 1"),
+        (
+            lambda: sbml.Density(conditional(), SDE, (3,)).log_prob(
+                X, condition={"a": [[1.0, 2.0], [3.0]]}
+            ),
+            r"condition is \[\[1.0, 2.0\], \[3.0\]\] \(list\): give lists of one length",
+        ),
+        (
+            lambda: sbml.Density(
+                lambda x, t, key, c: -x, SDE, (3,), condition_shape={"a": (2,)}
+            ).log_prob(X, condition=[0.1, 0.2]),
+            r"condition is the pytree .*: give one like condition_shape=\{'a': \(2,\)\}",
+        ),
         (
             lambda: sbml.Density(conditional(), SDE, (3,), condition_shape=(2,)).log_prob(X),
             r"condition=None, but condition_shape=\(2,\): give one condition",

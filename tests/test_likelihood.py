@@ -413,7 +413,7 @@ def test_impossible_smallest_times_are_refused(eps: float) -> None:
 
 
 def test_probes_need_a_key() -> None:
-    message = "key=None with a rademacher trace.*pass a key, or use kind='exact'"
+    message = "key=None with a rademacher trace.*pass a key, or use the exact trace, Trace"
     with pytest.raises(ValueError, match=message):
         ode_logp(data_of("gaussian").score, SDES["vp"](), examples()[0], None, eps=EPS)
 

@@ -315,7 +315,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         ((CONFIG, "--workdir="), "UsageError: --workdir= names no folder: give one, or leave"),
         (
             ("--workdir=foo://a/b", "--mode=eval"),
-            "foo://a/b is no folder of a known kind: set --workdir to a local path, or to gs://",
+            "--workdir: foo://a/b is no folder of a known kind: give a local path, or gs://",
         ),
         (
             (CONFIG, "--mode=train,eval", "--source=there"),
@@ -355,7 +355,11 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         ((CONFIG, f"--config.optim.lr={'a ' * 900}"), ": need a number above 0 and at most 1"),
         ((CONFIG, f"--num_processes={'a' * 1800}"), "aaa ... aaa"),
         ((CONFIG, "--config.optim.lr=\udcff"), "--config.optim.lr=\\udcff is not in UTF-8"),
-        ((CONFIG, f"--workdir={__file__}"), "test_main.py is a file: set --workdir to a folder"),
+        ((CONFIG, f"--workdir={__file__}"), "ValueError: --workdir: "),
+        ((CONFIG, f"--workdir={__file__}/sub"), "test_main.py is a file: give a folder"),
+        (("--mode=compare", f"--runs=a,{__file__}"), "ValueError: --runs: "),
+        ((f"--config={'a' * 5000}",), "aaa: no config has this name; choose from"),
+        ((f"--config={'a/' * 2500}",), "/a/ is no file: give a file such as configs/digits_vp.py"),
     ],
 )
 def test_flags_that_name_nothing_or_would_be_ignored_are_refused(

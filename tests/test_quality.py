@@ -19,6 +19,9 @@ from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.files import read_json, write_json, write_npz
 from sbml.runtime.workdir import EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES, Workdir
 
+CHECKPOINT = {"step": 3, "parameters_crc32": 7}
+MODEL = {"model": {"name": "mlp", "parameters": 8480}, "config": {"training": {"batch_size": 16}}}
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> ConfigDict:
@@ -32,7 +35,7 @@ def samples(workdir: Path, images: np.ndarray) -> Path:
     workdir.mkdir(exist_ok=True)
     n = len(images)
     columns = {"images": images, "nfe": np.ones(n), "failed": np.zeros(n, bool)}
-    columns["step"] = np.asarray(3)
+    columns |= {name: np.asarray(value) for name, value in CHECKPOINT.items()}
     write_npz(workdir / SAMPLES, {**columns, "sampler": np.asarray("s")})
     return workdir
 
@@ -178,8 +181,8 @@ def test_the_report_shows_the_quality_of_its_own_samples(
     """New samples have no quality in the report until it is computed for them."""
     real = data.load("digits", "test")
     workdir = samples(tmp_path / "w", real.images[:20])
-    evaluation = {"title": "w", "results": [runs.result(np.ones(2))], "checkpoint": {"step": 3}}
-    evaluation |= {"data": {"test": real.fingerprint}, "warnings": [], "config": {}}
+    evaluation = {"title": "w", "results": [runs.result(np.ones(2))], "checkpoint": CHECKPOINT}
+    evaluation |= {"data": {"test": real.fingerprint}, "warnings": [], **MODEL}
     evaluation |= {"command": "eval"}
     write_json(workdir / EVALUATION, evaluation)
     columns = {"id": np.arange(2), "bits_per_dim": np.ones(2), "nfe": np.ones(2)}
@@ -203,8 +206,8 @@ def test_a_report_is_never_shown_with_the_images_of_another_split(
     """The evaluation stores its split, so the config of a later mode cannot change it."""
     sets = {split: data.load("digits", split) for split in ("train", "test")}
     results = [runs.result(np.ones(1), split="train")]
-    evaluation = {"title": "w", "results": results, "checkpoint": {"step": 3}}
-    evaluation |= {"data": {"train": sets["train"].fingerprint}, "warnings": [], "config": {}}
+    evaluation = {"title": "w", "results": results, "checkpoint": CHECKPOINT}
+    evaluation |= {"data": {"train": sets["train"].fingerprint}, "warnings": [], **MODEL}
     write_json(tmp_path / EVALUATION, evaluation)
     columns = {"id": np.array([1400]), "bits_per_dim": np.ones(1), "nfe": np.ones(1)}
     write_npz(tmp_path / PER_IMAGE, columns)

@@ -23,7 +23,7 @@ from sbml.report import summary
 from sbml.report.pictures import write_png
 from sbml.report.result import strict
 from sbml.runtime import history, lock, metrics
-from sbml.runtime.files import json_line
+from sbml.runtime.files import DamagedFileError, json_line
 from sbml.runtime.lock import BusyError
 from sbml.runtime.trees import table_crc32
 from sbml.runtime.workdir import EVALUATION, PER_IMAGE, SAMPLES, Workdir
@@ -67,6 +67,7 @@ def evaluated(workdir: Path, checkpoint: dict[str, int]) -> float:
         "warnings": [],
         "checkpoint": checkpoint,
         "config": {"training": {"batch_size": 16}},
+        "model": {"name": "mlp", "parameters": 8480},
         "data": {"test": images.fingerprint},
     }
     Workdir(workdir).write(EVALUATION, strict(evaluation))
@@ -226,6 +227,29 @@ def test_costs_are_those_of_the_training_that_made_the_checkpoint(tmp_path: Path
         },
     }
     assert "new; new, modified" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("config", {"a": 1}), ("config", {"data": 3}), ("config", {"training": {}})],
+        *[("checkpoint", {}), ("checkpoint", {"step": "2", "parameters_crc32": 7})],
+        *[("title", {"a": 1}), ("command", 4), ("tables", 5), ("tables", {PER_IMAGE: "7"})],
+        *[("versions", [1]), ("versions", {}), ("model", 3), ("model", {}), ("classes", [3])],
+        *[("baselines", 3), ("baselines", [{"a": 1}]), ("baselines_left_out", 3)],
+        *[("data", [1]), ("data", {"test": {}})],
+        *[("classifier", 3), ("classifier", {"a": "b"}), ("noise_levels", {}), ("warnings", [1])],
+        *[("results", []), ("results", [3])],
+    ],
+)
+def test_an_evaluation_of_another_form_is_refused(key: str, value: object, tmp_path: Path) -> None:
+    evaluated(tmp_path, {"step": 2, "parameters_crc32": 7})
+    stored = Workdir(tmp_path).read(EVALUATION)
+    Workdir(tmp_path).write(EVALUATION, {**stored, key: value})
+    with pytest.raises(
+        DamagedFileError, match=rf"evaluation.json is damaged \({key}\b.*--mode=eval"
+    ):
+        Workdir(tmp_path).read(EVALUATION)
 
 
 def test_an_evaluation_without_a_field_is_refused(tmp_path: Path) -> None:

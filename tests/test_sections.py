@@ -80,6 +80,11 @@ class Arrays(sdes.VP):
     a: np.ndarray = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Odd(sdes.VP):
+    a: dict = None
+
+
 OF_EITHER_SIGN = ("sde.gamma_0", "sde.gamma_1", "score.log_snr_range")  # log-SNRs
 
 
@@ -252,21 +257,30 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
         ("eval.bound.importance", "velocity", "set --config.eval.bound.proposal_bins=0"),
         ("training.importance", "x0", "training.importance=x0: need one of noise, velocity"),
         ("dequantizer.name", "uniform", "dequantizer.name=uniform has no parameters to train"),
-        ("sde.name", "os:system", "is <built-in function system> (builtin_function_or_method): "),
+        ("sde.name", "os:system", "sde.name: SDE os:system is <built-in function system> (builtin"),
         ("sde.name", "os:Missing", "SDE os:Missing: the module os has no attribute Missing: give"),
         ("sde.name", "test_sections:Needing", "test_sections.Needing has a field a without a de"),
-        ("sde.name", "test_sections:Arrays", "field whose type a config has no values for (Unab"),
+        ("sde.name", "test_sections:Arrays", "a field a whose type a config has no values for (<c"),
+        (
+            "sde.name",
+            "test_sections:Odd",
+            "a whose type a config has no values for (<class 'dict'>)",
+        ),
         (
             "model.name",
             "math:pi",
-            "3.141592653589793 (float): give a class derived from flax.linen",
+            "model.name: network math:pi is 3.141592653589793 (float): give a class derived from f",
         ),
-        ("dequantizer.name", "math:pi", "give a class derived from sbml.dequantizers.base.Dequan"),
+        (
+            "dequantizer.name",
+            "math:pi",
+            "dequantizer.name: dequantizer math:pi is 3.14159265358979",
+        ),
         ("data.source", "builtins:int", "<class 'int'> (type): give a class derived from sbml.da"),
         (
             "sampling.sampler.name",
             "math:pi",
-            "give a class derived from sbml.samplers.Sampler that is",
+            "sampling.sampler.name: sampler math:pi is 3.141592653589793 (float): give a class der",
         ),
         ("eval.estimators", ("ode", "math:pi"), "eval.estimators: estimator math:pi is 3.1415"),
         ("eval.estimators", ("os:Missing",), "the module os has no attribute Missing"),
@@ -276,7 +290,11 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
             "os:system",
             "give a function of weights, sha256, levels and cache",
         ),
-        ("score.parameterization", "math:pi", "3.141592653589793 (float): give Prediction"),
+        (
+            "score.parameterization",
+            "math:pi",
+            "(float): give an object of the class sbml.score.Predicti",
+        ),
     ],
 )
 def test_what_a_message_says(name: str, value: Any, message: str) -> None:

@@ -186,13 +186,16 @@ def _of_scheduler(
 
 
 def _json(file: epath.Path) -> dict[str, Any]:
+    reason: object = "it is no JSON object"
     try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{file} cannot be read ({error}): give the folder that save_pretrained of diffusers "
-            "wrote, with the network's and the scheduler's config"
-        ) from error
+        if isinstance(found := json.loads(file.read_text()), dict):
+            return found
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+    raise ValueError(
+        f"{file} cannot be read ({reason}): give the folder that save_pretrained of diffusers "
+        "wrote, with the network's and the scheduler's config"
+    )
 
 
 def _params(unet: epath.Path) -> tuple[epath.Path, dict[str, Any]]:

@@ -76,8 +76,8 @@ class Imagenet32(Source):
         which = options.dataset
         if which not in ARCHIVES:
             raise ValueError(
-                f"Unknown version {which!r} of ImageNet 32x32: choose {' or '.join(ARCHIVES)}. "
-                "Their images and their bits/dim differ."
+                f"data.source=imagenet32:{which} is unknown: choose imagenet32:"
+                f"{' or imagenet32:'.join(ARCHIVES)}; their images and their bits/dim differ"
             )
         path = options.cache / "imagenet32" / which / f"{split}.npy"
         images, _ = load_or_build(path, lambda add: _decode(which, split, options, add))

@@ -7,6 +7,7 @@ them. Each section has a file beside this one, which has the fields with their d
 """
 
 import math
+import os
 import pathlib
 import runpy
 import traceback
@@ -185,13 +186,13 @@ def path_of(config: str) -> pathlib.Path:
     ``configs/digits_vp.py``.
     """
     path = pathlib.Path(config).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):  # ``is_file`` raises an OSError for a name that is too long.
         return path
     known = named()
     if config in known:
         return known[config]
-    if path.is_dir() or config != path.stem:
-        what = "a folder" if path.is_dir() else "no file"
+    if os.path.isdir(path) or config != path.stem:
+        what = "a folder" if os.path.isdir(path) else "no file"
         beside = map(str, path.parent.glob("*.py"))
         raise ValueError(
             f"--config={config} is {what}: "

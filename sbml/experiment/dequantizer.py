@@ -8,7 +8,7 @@ import pydantic
 
 from sbml import dequantizers
 from sbml.dequantizers import DEQUANTIZERS
-from sbml.experiment.fields import Section, among, field, section_errors, section_of
+from sbml.experiment.fields import Section, among, errors_of, field, section_errors, section_of
 from sbml.experiment.optim import DequantizerOptim
 from sbml.experiment.training import DequantizerTraining
 from sbml.scalars import Number
@@ -34,15 +34,17 @@ class Dequantizer(Section):
     def _with_model(cls, values: Json) -> Json:
         name = values.get("name", cls.model_fields["name"].default)
         own = values.get("model", {})
-        if name not in DEQUANTIZERS:  # The check of the name refuses it, and no other field.
+        if name not in DEQUANTIZERS:  # The check of the name refuses it.
             return {**values, "model": Section()}
         if not isinstance(own, Mapping | Section):
             return values  # The check of this field refuses it.
-        if not dequantizers.is_trained(DEQUANTIZERS[name]):
+        with errors_of(cls.name_of("name")):
+            kind = DEQUANTIZERS[name]
+        if not dequantizers.is_trained(kind):
             raise ValueError(
                 f"dequantizer.name={name} has no parameters to train; choose variational"
             )
-        made = section_of(DEQUANTIZERS[name], cls.name_of("model"), ("levels", "tau"))
+        made = section_of(kind, cls.name_of("model"), ("levels", "tau"))
         return {**values, "model": made(**dict(own))}
 
     def build(self, name: str, *, levels: int, tau: Number) -> dequantizers.Dequantizer:

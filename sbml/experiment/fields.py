@@ -19,7 +19,7 @@ import sys
 import typing
 from collections.abc import Collection, Iterator, Mapping
 from decimal import Decimal
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
@@ -145,6 +145,15 @@ def _choices(annotation: Any, rules: Collection[Any] = ()) -> Collection[str]:
         return _choices(kinds[0])
     functions = (getattr(rule, "func", None) for rule in rules)
     return next((each.choices for each in functions if isinstance(each, Among)), ())
+
+
+def _is_plain(annotation: Any) -> bool:
+    """Whether a text on the command line can stand for a value of this type."""
+    kind, _ = _unwrapped(annotation)
+    if typing.get_origin(kind) not in (tuple, typing.Union, UnionType):
+        return kind in (int, float, bool, str)
+    inner = {*typing.get_args(kind)} - {NoneType, Ellipsis}
+    return len(inner) == 1 and _is_plain(*inner)
 
 
 def _present(kinds: tuple[Any, ...]) -> Any:
@@ -309,7 +318,12 @@ def section_of(
         if field.init and field.name not in skip
     }
     where = f"{kind.__module__}.{kind.__name__}"
-    for name, (_, default) in fields.items():
+    for name, (of_field, default) in fields.items():
+        if not _is_plain(of_field):
+            raise ValueError(
+                f"config.{section}: {where} has a field {name} whose type a config has no values "
+                f"for ({of_field}): give its fields types such as float, int, bool or str"
+            )
         if default is dataclasses.MISSING:
             raise ValueError(
                 f"config.{section}: {where} has a field {name} without a default: give it one"
@@ -320,14 +334,7 @@ def section_of(
                 "itself: rename the field"
             )
     about = f"The fields of ``{where}``, which explains them."
-    try:
-        made = pydantic.create_model(where, __base__=Section, __doc__=about, **fields)
-    except pydantic.errors.PydanticSchemaGenerationError as error:
-        reason = str(error).partition(". ")[0]
-        raise ValueError(
-            f"config.{section}: {where} has a field whose type a config has no values for "
-            f"({reason}): give its fields types such as float, int, bool or str"
-        ) from error
+    made = pydantic.create_model(where, __base__=Section, __doc__=about, **fields)
     made.section, made.origin, made.siblings = section, kind, taken
     return made
 
@@ -361,7 +368,8 @@ class Chosen(Section):
     @classmethod
     def kind_of(cls, name: Any) -> Any:
         """The class called ``name``; None if there is none."""
-        return cls.parts[name] if isinstance(name, str) and name in cls.parts else None
+        with errors_of(cls.name_of(cls.choice)):
+            return cls.parts[name] if isinstance(name, str) and name in cls.parts else None
 
     @classmethod
     def relevant(cls, own: dict[str, Any], made: type[Section]) -> dict[str, Any]:

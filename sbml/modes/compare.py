@@ -1,6 +1,7 @@
 """Compares evaluated runs on one page: ``--mode=compare --runs=runs/a,runs/b``."""
 
 from sbml.experiment import renamed
+from sbml.experiment.fields import errors_of
 from sbml.report import comparison
 from sbml.report.comparison import Run
 from sbml.report.result import strict
@@ -19,7 +20,8 @@ def run(workdir: Workdir | None = None, runs: str = "") -> None:
     paths = [path.strip() for path in runs.split(",")]
     if "" in paths:
         raise ValueError(f"--runs={runs}: one of the names is empty; leave it out")
-    workdirs = [Workdir(path).connect() for path in paths]
+    with errors_of("--runs"):
+        workdirs = [Workdir(path).connect() for path in paths]
     evaluated = list(map(Run.read, workdirs, comparison.short_names(workdirs)))
     for run in evaluated:
         run.evaluation["config"] = renamed.stored(run.evaluation["config"])

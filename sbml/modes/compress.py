@@ -30,6 +30,8 @@ def run(trained: Trained, preemption: Preemption, source: str = "") -> Workdir:
     ``codec.json`` with the lengths in bits/dim. A file ``images.sbml`` of other images is not
     overwritten.
     """
+    if source and not Path(source).is_dir():
+        raise ValueError(f"--source={source} is no folder: give a folder of images")
     experiment, workdir, start = trained.experiment, trained.workdir, time.perf_counter()
     config = experiment.config
     inputs = Inputs.of_split(trained, config.eval.split, preemption)

@@ -57,7 +57,7 @@ def write(
     table, images = None, None
     if workdir.has(EVALUATION):
         stored = workdir.read(EVALUATION)
-        split = Result.read(stored["results"][0]).split
+        split = [Result.read(row) for row in stored["results"]][0].split
         evaluated = stored["data"].get(split)
         try:
             images = load(split)

@@ -13,12 +13,11 @@ A file that one mode writes for another is read with :meth:`Workdir.read`, which
 if the file is damaged, the error names the mode that makes it again.
 """
 
-import functools
 import os
 import socket
 from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import jax
 import pydantic
@@ -66,28 +65,63 @@ MADE_BY = {
     TABLE: "table",
     WHITENING: "table",
 }
-# What other modes and the reports use of a file, which may have more.
-HOLDS: dict[str, Any] = {
-    EVALUATION: {
-        "results": Annotated[list[dict[str, Any]], MinLen(1)],
-        "warnings": list[str],
-        "checkpoint": dict[str, int],
-        "data": dict[str, dict[str, Any]],
-        "config": dict[str, Any],
-    },
-    QUALITY: {"values": dict[str, float | str], "images_crc32": int},
-    CODEC: {
-        **dict.fromkeys(("count", "bytes", "steps", "lanes", "restored", "parameters_crc32"), int),
-        **dict.fromkeys(("disk", "net", "initial", "header", "bound", "bound_stderr"), float),
-    },
-    SAMPLES: dict.fromkeys(("images", "nfe", "failed", "step", "sampler"), Any),
+
+
+def _form(holds: Mapping[str, Any]) -> type[pydantic.BaseModel]:
+    """The form of a JSON object that has the keys of ``holds``, and may have more. A key with "?"
+    may be missing."""
+    members: dict[str, Any] = {
+        key.rstrip("?"): (kind, None if key.endswith("?") else ...) for key, kind in holds.items()
+    }
+    return pydantic.create_model("Form", __config__={"strict": True}, **members)
+
+
+Number: Any = float | Literal["NaN", "Infinity", "-Infinity"]  # ``report.result.strict``
+_Curve: Any = list[Number]
+_Baseline: Any = _form({"name": str, "bits_per_dim": Number, "ci95?": Number, "interval?": _Curve})
+_Data: Any = _form(
+    {"shape": list[int], **dict.fromkeys(("name", "split", "id"), str)}
+    | dict.fromkeys(("count", "levels"), int)
+)
+# What other modes and the reports use of a file.
+FORMS: dict[str, Any] = {
+    EVALUATION: _form(
+        {
+            "results": Annotated[list[dict[str, Any]], MinLen(1)],
+            "warnings": list[str],
+            "checkpoint": _form({"step": int, "parameters_crc32": int}),
+            "data": dict[str, _Data],
+            "config": _form({"training": _form({"batch_size": int})}),
+            "model": _form({"name": str, "parameters": int}),
+            "versions?": _form({"sbml": str, "devices": str}),
+            "noise_levels?": _form(
+                dict.fromkeys(("edges", "split", "train", "split_stderr", "train_stderr"), _Curve)
+                | {"linear?": _Curve}
+            ),
+            "baselines?": list[_Baseline],
+            "baselines_left_out?": dict[str, str],
+            "classifier?": dict[str, Number],
+            "classes?": list[str],
+            "tables?": dict[str, int],
+            **{"title?": str, "command?": str},
+        }
+    ),
+    QUALITY: _form(
+        {
+            **{"values": dict[str, Number], "images_crc32": int},
+            **{"warnings?": list[str], "neighbours_crc32?": int},
+        }
+    ),
+    CODEC: _form(
+        {
+            **dict.fromkeys(
+                ("count", "bytes", "steps", "lanes", "restored", "parameters_crc32"), int
+            ),
+            **dict.fromkeys(("disk", "net", "initial", "header", "bound", "bound_stderr"), float),
+        }
+    ),
+    SAMPLES: _form(dict.fromkeys(("images", "nfe", "failed", "step", "sampler"), Any)),
 }
-
-
-@functools.cache
-def _form(name: str) -> type[pydantic.BaseModel]:
-    members: dict[str, Any] = {key: (kind, ...) for key, kind in HOLDS.get(name, {}).items()}
-    return pydantic.create_model(name, **members)
 
 
 class Workdir(os.PathLike):
@@ -99,8 +133,7 @@ class Workdir(os.PathLike):
             self.path = epath.Path(refusals.relative(str(expanded)))
         except KeyError:
             raise ValueError(
-                f"{path} is no folder of a known kind: set --workdir to a local path, or to "
-                "gs://bucket/folder"
+                f"{path} is no folder of a known kind: give a local path, or gs://bucket/folder"
             ) from None
         if (size := len(os.fsencode(self.absolute))) > LONGEST:
             raise ValueError(
@@ -137,10 +170,10 @@ class Workdir(os.PathLike):
         return lock.owner(self.path, purpose)
 
     def connect(self) -> Self:
-        """This work directory, after a check that it is no file, and that its object store answers,
-        if it is in one."""
-        if os.path.isfile(self):
-            raise ValueError(f"{self} is a file: set --workdir to a folder")
+        """This work directory, after a check that it is neither a file nor below one, and that its
+        object store answers, if it is in one."""
+        for path in filter(os.path.isfile, (self.path, *self.path.parents)):
+            raise ValueError(f"{path} is a file: give a folder")
         try:
             if remote(self.path):
                 # Without a network, gcsfs would try for a minute and show its traceback.
@@ -165,7 +198,7 @@ class Workdir(os.PathLike):
         read = read_npz if name.endswith(".npz") else read_json
         found, remedy = read(self / name, self._remedy(name)), self._remedy(name)
         try:
-            _form(name).model_validate(found)
+            FORMS.get(name, _form({})).model_validate(found)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))

@@ -30,7 +30,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from sbml import compiler, pytrees, scalars
-from sbml.door import checked, condition, shown, typed
+from sbml.door import checked, condition, fits, shown, typed
 from sbml.scalars import Number
 from sbml.sdes._inverse import inverse, slope
 from sbml.types import Array, Elementwise, Example, Key, Numbers, Scalar, Time, in_full_precision
@@ -48,6 +48,7 @@ ELEMENTWISE = (
     *("mean_coef", "std", "log_snr", "rate", "drift_coef", "diffusion", "slopes", "time"),
 )
 
+_NUMBER: Any = float | Numbers  # ``Numbers`` are arrays.
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -67,10 +68,10 @@ def _elementwise(method: Method) -> Method:
             self.check_times(t)
 
         def each(value: ArrayLike) -> ArrayLike:
-            if np.ndim(value) and np.shape(value) != np.shape(t):
+            if not fits(value, _NUMBER) or np.ndim(value) and np.shape(value) != np.shape(t):
                 raise ValueError(
-                    f"{type(self).__name__}.{method.__name__} returned shape {np.shape(value)} for "
-                    f"times of shape {np.shape(t)}: a coefficient is one number for each time"
+                    f"{type(self).__name__}.{method.__name__} returned {shown(value)} for times "
+                    f"of shape {np.shape(t)}: a coefficient is one number for each time"
                 )
             return value if np.shape(value) == np.shape(t) else jnp.broadcast_to(value, np.shape(t))
 

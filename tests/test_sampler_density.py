@@ -330,8 +330,9 @@ KEY = jax.random.key(0)
             r"path of Ancestral\(steps=3",
         ),
         (
-            # Euler's step has the slope 1 - h g^2 c / 2, which is negative for a large c.
-            lambda d: sbml.Density(lambda x, t, key: -50 * x, VP(), (1,)).sample_and_log_prob(
+            # Euler's step has the slope 1 - h g^2 c / 2, which is negative for a large c. In two
+            # dimensions, its determinant is positive.
+            lambda d: sbml.Density(lambda x, t, key: -50 * x, VP(), (2,)).sample_and_log_prob(
                 KEY, 2, sampler=ODE(Solver("euler", fixed_steps=1))
             ),
             "2 of 2 samples have no density: a step of ODE.*folds space",

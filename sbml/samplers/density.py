@@ -6,9 +6,12 @@ pi and S = ``sde.stretch``. The density of the sample y_n is exact, whatever the
     log p(y_n) = log pi(z) + d log S - sum_k log |det dF_k/dy|       nats
 
 A step's Jacobian comes from d tangents, and its determinant is taken step by step: the product of
-the Jacobians would lose its small singular values in float32. The formula needs injective steps. If
-a determinant is negative, the step folds space, and the density is NaN. Data are not evaluated in
-this way, because the steps from data to noise fold much more often.
+the Jacobians would lose its small singular values in float32. The formula needs injective steps. A
+step is injective if v^T J v > 0 for all v != 0 and at all y, where J is its Jacobian. Where this is
+not true at a sample's y_k, we say that the step folds space, and the density is NaN. Such a J may
+have a positive determinant: two directions that change their sign, or a rotation by 90 degrees or
+more, which would need no fold. Data are not evaluated in this way, because the steps from data to
+noise fold much more often.
 
 *Stochastic samplers.* A step is a draw from N(mu_k(y_k), s_k^2 I), and a path y_0, ..., y_n has
 
@@ -56,7 +59,8 @@ class MapLogProb(NamedTuple):
     Attributes:
       prior: the log density of the latent under the prior.
       log_det: the sum over the steps of log |det dF/dy|, minus d log S.
-      folds: whether a step has a negative determinant, so that the density is not known.
+      folds: whether v^T J v <= 0 for a step's Jacobian J and a vector v, so that the density is not
+        known.
     """
 
     prior: Array
@@ -173,7 +177,8 @@ class Chain(abc.ABC):
     ) -> tuple[Example, MapLogProb]:
         """The sample ``(*s)`` at ``eps`` of the latent ``z (*s)``, and its exact log density.
 
-        Each step takes d tangents and a determinant of a d x d matrix.
+        Each evaluation of the score takes d tangents, and each step two decompositions of a d x d
+        matrix.
 
         Raises:
           ValueError: the sampler is not deterministic, or it has a corrector.
@@ -191,8 +196,10 @@ class Chain(abc.ABC):
                 return mean, mean
 
             jacobian, mean = jax.jacfwd(mapped, has_aux=True)(x.ravel())
-            sign, size = jnp.linalg.slogdet(jacobian)
-            return (mean.reshape(z.shape), log_det + size, folds | (sign <= 0)), None
+            log_det += jnp.linalg.slogdet(jacobian)[1]
+            # The Cholesky factor is NaN if the symmetric part of J is not positive definite.
+            folds |= jnp.isnan(jnp.linalg.cholesky(jacobian + jacobian.T)).any()
+            return (mean.reshape(z.shape), log_det, folds), None
 
         stretch = jnp.asarray(self.stretch(sde), z.dtype)
         start = z / stretch, -z.size * jnp.log(stretch), jnp.asarray(False)

@@ -31,9 +31,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from sbml.door import checked
+from sbml.pytrees import when_known
 from sbml.scalars import Number
 from sbml.sdes import SDE
 from sbml.types import Array, Example, Key, Scalar, Score, in_full_precision
@@ -206,6 +208,32 @@ class Chain(abc.ABC):
         (x, log_det, folds), _ = jax.lax.scan(one, start, (times[:-1], times[1:]))
         return x, MapLogProb(sde.prior_logp(z), log_det, folds)
 
+    def known_times(self, sde: SDE, eps: Number) -> Times:
+        """:meth:`times`, as numbers also inside ``jit`` if ``sde`` and ``eps`` are numbers."""
+        with jax.ensure_compile_time_eval():
+            return self.times(sde, eps)
+
+    def _check_noise(self, sde: SDE, x: Example, times: Times) -> None:
+        """Raise a ValueError if a step has no noise, or so little that rounding removes it."""
+
+        def noise(s: Scalar, t: Scalar) -> Scalar:
+            # The noise of our samplers does not depend on the score: 0 saves an evaluation.
+            step = self.transition(lambda x, t, key: jnp.zeros_like(x), sde, x, s, t)
+            return step.std / sde.std(t)
+
+        def check(found: Array) -> None:
+            lost = np.flatnonzero(~(np.asarray(found) > jnp.finfo(x.dtype).eps))
+            if len(lost):
+                raise ValueError(
+                    f"step {lost[0] + 1} of {len(found)} of {self} has no noise, or less than the "
+                    "rounding of x, so a path has no density: give every step noise, as Ancestral "
+                    "and DDIM(eta=1) do"
+                )
+
+        with jax.ensure_compile_time_eval():
+            found = jax.vmap(noise)(times[:-1], times[1:])
+        when_known(check, found)
+
     @checked
     def sample_path(
         self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number
@@ -214,11 +242,11 @@ class Chain(abc.ABC):
         sample that the sampler draws with ``key``.
 
         Raises:
-          ValueError: the sampler is deterministic, or it has a corrector.
+          ValueError: a step has no noise, or the sampler has a corrector.
         """
         self.check_density(deterministic=False)
-        count = len(self.times(sde, eps))
-        points, times = self.path(score, sde, z, key, eps=eps, frames=count)
+        times = self.known_times(sde, eps)
+        points, _ = self.path(score, sde, z, key, eps=eps, frames=len(times))
         path = Path(points.at[0].divide(self.stretch(sde)), times, self)
         return path, self.path_log_prob(score, sde, path)
 
@@ -227,7 +255,7 @@ class Chain(abc.ABC):
         """The log density of ``path``, a function of the parameters of the score.
 
         Raises:
-          ValueError: another sampler drew the path.
+          ValueError: another sampler drew the path, or a step has no noise.
         """
         self.check_density(deterministic=False)
         if path.sampler != self:
@@ -235,6 +263,7 @@ class Chain(abc.ABC):
                 f"path of {path.sampler}, but the sampler is {self}: give the sampler of the path"
             )
         x = in_full_precision(path.x)
+        self._check_noise(sde, x[0], path.times)
 
         def one(x: Example, after: Example, s: Scalar, t: Scalar) -> Scalar:
             mean, std = self.transition(score, sde, x, s, t)

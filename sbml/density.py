@@ -278,19 +278,19 @@ class Density:
           condition: for a conditional score.
           sampler: a deterministic sampler with fixed steps. Then log p is the exact density of what
             it draws (``sbml.samplers.density``), whatever its number of steps; None for the ODE.
-          max_dims: the largest number d of dimensions for a sampler. Each of its steps costs d + 1
-            evaluations of the score and a determinant of a d x d matrix.
+          max_dims: the largest number d of dimensions for a sampler. Each evaluation of the score
+            costs as much as d + 1, and each step a determinant of a d x d matrix.
 
         Raises:
           ValueError: the sampler has no such density, there are more dimensions, or a step of the
-            sampler folds space, so that the density is not known.
+            sampler folds space, so that the density is not known. In your own ``jit``, the last
+            error arrives as JAX's ``JaxRuntimeError``, which contains the message.
         """
         conditions, keys = self._conditions(condition, (n,)), jax.random.split(key, n)
         if sampler is not None and self.dims > max_dims:
             raise ValueError(
-                f"{self.dims} dimensions with a sampler: each step would cost {self.dims + 1} "
-                f"evaluations of the score and a determinant; if that is meant, give max_dims="
-                f"{self.dims}"
+                f"{self.dims} dimensions with a sampler: each evaluation of the score would cost "
+                f"as much as {self.dims + 1}; if that is meant, give max_dims={self.dims}"
             )
         x, logp = self._each(_sample_and_log_prob, (keys,), conditions, sampler=sampler)
         if sampler is not None:
@@ -310,29 +310,45 @@ class Density:
         are f of them, and the log density has the term ``transform``.
 
         Raises:
-          ValueError: the steps of the sampler have no noise, or it has a corrector.
+          ValueError: a step of the sampler has no noise, it has a corrector, or the score computes
+            in half precision.
         """
         conditions, keys = self._conditions(condition, (n,)), jax.random.split(key, n)
         path, found = self._each(_sample_path, (keys,), conditions, sampler=sampler)
-        return path, self._with_transform(path, found)
+        return path, self._with_transform(path.x[:, -1], found)
 
     @checked
     def path_log_prob(self, path: Path, condition: Any = None) -> PathLogProb:
-        """The log densities, under this score, of the paths that :meth:`sample_path` drew.
+        """The log densities, under this score, of one path that :meth:`sample_path` drew, or of
+        several along any leading axes.
 
         Policy gradients use their derivatives by the parameters of the score: for a reward r, the
         gradient of E[r(x)] is E[r(x) times the gradient of ``path_log_prob(path).total``].
-        """
-        conditions = self._conditions(condition, (len(path.x),))
-        rows: tuple[Any, ...] = ((path.x, path.times),)
-        found = self._each(_path_log_prob, rows, conditions, sampler=path.sampler)
-        return self._with_transform(path, found)
 
-    def _with_transform(self, path: Path, found: PathLogProb) -> PathLogProb:
+        Raises:
+          ValueError: the path has another shape, or its times are not those of its sampler for this
+            ``sde`` and ``eps``; and those of :meth:`sample_path`.
+        """
+        times = path.sampler.known_times(self.sde, self._eps)
+        count = path.x.ndim - 1 - len(self.shape)
+        if count < 0 or path.x.shape[count:] != (len(times), *self.shape):
+            raise ValueError(
+                f"path.x has shape {path.x.shape}: for {len(times) - 1} steps of examples of shape "
+                f"{self.shape} give (..., {len(times)}, {str(self.shape)[1:-1]})"
+            )
+        batch = path.x.shape[:count]
+        off = path.times / jnp.broadcast_to(times, path.times.shape) - 1
+        pytrees.when_known(_check_times, jnp.max(jnp.abs(off)))
+        x = path.x.reshape(-1, *path.x.shape[count:])
+        conditions = self._conditions(condition, batch)
+        found = self._each(_path_log_prob, (x,), conditions, sampler=path.sampler)
+        found = self._with_transform(x[:, -1], found)
+        return jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), found)
+
+    def _with_transform(self, x: Array, found: PathLogProb) -> PathLogProb:
         if self.transform is None:
             return found
-        log_det = jnp.asarray(self._data(path.x[:, -1])[1], found.prior.dtype)
-        return found._replace(transform=log_det)
+        return found._replace(transform=jnp.asarray(self._data(x)[1], found.prior.dtype))
 
     def _data(self, x: Anything) -> tuple[Anything, Anything]:
         """The data y of ``x (n, *shape)`` in the scale of the score, and log |det df^-1/dy|."""
@@ -552,6 +568,7 @@ class Density:
         condition: Any = None,
         *,
         sampler: Chain | None = None,
+        max_dims: Count = 100,
     ) -> Importance:
         """Samples with weights exp(u(x)) / p(x) for the density exp(u(x)) / Z, and log Z.
 
@@ -563,8 +580,8 @@ class Density:
           n: their number.
           log_target: u, a function of one example, in nats.
           condition: for a conditional score.
-          sampler: as in :meth:`sample_and_log_prob`. Then p is the density of this sampler, so
-            there is no solver's error. What the samples miss is measured with log p of the ODE,
+          sampler, max_dims: as in :meth:`sample_and_log_prob`. With a sampler, p is its density,
+            so there is no solver's error. What the samples miss is measured with log p of the ODE,
             because a draw of the target is no sample of the sampler.
 
         Raises:
@@ -577,7 +594,7 @@ class Density:
             )
         transforms.check_spacing(self.transform, self.shape)
         conditions = self._conditions(condition, (n,))
-        x, logp = self.sample_and_log_prob(key, n, condition, sampler=sampler)
+        x, logp = self.sample_and_log_prob(key, n, condition, sampler=sampler, max_dims=max_dims)
         u = np.asarray(_each(log_target, x, self.batch_size), float)
         if u.shape != (n,):
             raise ValueError(
@@ -899,8 +916,17 @@ class WithLatent(ode_estimator.Estimator):
 def _check_folds(n: int, sampler: Chain, lost: Any) -> None:
     if lost:
         raise ValueError(
-            f"{int(lost)} of {n} samples have no density: a step of {type(sampler).__name__} folds "
-            "space, or is not finite; take more steps, or another sampler"
+            f"the density of {int(lost)} of {n} samples is not known: a step of "
+            f"{type(sampler).__name__} folds space, or is not finite; take more steps, or another "
+            "sampler"
+        )
+
+
+def _check_times(off: Any) -> None:
+    if not off <= 1e-4:  # This is more than their rounding.
+        raise ValueError(
+            "path.times are not those of its sampler for this density's sde and eps: give the path "
+            "to the density that drew it, or to one with the same sde and eps"
         )
 
 
@@ -1046,15 +1072,16 @@ def _sample_and_log_prob(
 
 
 def _sample_path(score: Score, key: Key, solver: Solver, how: _How) -> tuple[Path, PathLogProb]:
+    ode.check_precision(score, how.sde, how.shape)
     z, noise = how.sde.prior_sample(stream(key, "latent"), how.shape), stream(key, "sampler")
     found: tuple[Path, PathLogProb] = how.sampler.sample_path(score, how.sde, z, noise, eps=how.eps)
     return found
 
 
-def _path_log_prob(
-    score: Score, points: tuple[Array, Array], solver: Solver, how: _How
-) -> PathLogProb:
-    found: PathLogProb = how.sampler.path_log_prob(score, how.sde, Path(*points, how.sampler))
+def _path_log_prob(score: Score, x: Array, solver: Solver, how: _How) -> PathLogProb:
+    ode.check_precision(score, how.sde, how.shape)
+    path = Path(x, how.sampler.known_times(how.sde, how.eps), how.sampler)
+    found: PathLogProb = how.sampler.path_log_prob(score, how.sde, path)
     return found
 
 

@@ -23,7 +23,9 @@ from sbml.samplers import (
     FixedSteps,
     Langevin,
     Midpoint,
+    Path,
     ReverseDiffusion,
+    Transition,
 )
 from sbml.score import from_prediction
 from sbml.sdes import SDE, SDES, VP
@@ -31,7 +33,7 @@ from sbml.types import Array, conditioned
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-EPS = 1e-3
+EPS, KEY = 1e-3, jax.random.key(0)
 
 
 def gaussian(sde: SDE, mean: Array, variances: Array) -> Any:
@@ -142,22 +144,28 @@ def test_samples_have_the_density_of_the_affine_map(name: str) -> None:
 @pytest.mark.parametrize("family", ["vp", "subvp", "ve", "edm"])
 @pytest.mark.parametrize("name", MAPS)
 def test_samples_have_the_density_of_the_affine_map_for_every_sde(name: str, family: str) -> None:
-    for d, n in ((1, 1), (64, 10)) if family == "vp" else ((2, 5),):
+    sizes = ((1, 1), (16, 2), (2, 50), (64, 10)) if family == "vp" else ((2, 5),)
+    for d, n in sizes:
         check_map(name, family, d, n)
 
 
+CASES = [(name, "vp") for name in KERNELS] + [("ancestral", "ve"), ("ddim", "edm")]
+
+
 @pytest.mark.parametrize(
-    "name", [*KERNELS][:1] + [pytest.param(name, marks=pytest.mark.slow) for name in [*KERNELS][1:]]
+    ("name", "family"),
+    CASES[:1] + [pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:]],
 )
-def test_paths_have_the_densities_of_their_normal_steps(name: str) -> None:
-    sde, sampler = VP(), KERNELS[name](4)
+def test_paths_have_the_densities_of_their_normal_steps(name: str, family: str) -> None:
+    sde, sampler = SDES[family](), KERNELS[name](4)
     mean, variances = jnp.asarray([0.3, -0.2]), jnp.asarray([0.5, 0.1])
     score = gaussian(sde, mean, variances)
-    z, key = jnp.asarray([0.4, -1.2]), jax.random.key(1)
+    z, key = jnp.asarray([0.4, -1.2]) * sde.prior_std, jax.random.key(1)
     path, found = jax.jit(lambda z: sampler.sample_path(score, sde, z, key, eps=EPS))(z)
     np.testing.assert_allclose(path.x[-1], sampler(score, sde, z, key, eps=EPS)[0], rtol=1e-12)
     x, times, exact = np.asarray(path.x), np.asarray(path.times), Reference(sde, score)
-    np.testing.assert_allclose(found.prior, stats.norm.logpdf(x[0]).sum(), rtol=1e-9)
+    std = float(sde.prior_std) / float(sampler.stretch(sde))
+    np.testing.assert_allclose(found.prior, stats.norm.logpdf(x[0], 0, std).sum(), rtol=1e-9)
     steps = [
         stats.norm.logpdf(x[i + 1], *exact.transition(sampler, x[i], times[i], times[i + 1])).sum()
         for i in range(4)
@@ -292,14 +300,41 @@ def test_changes_of_variables_of_samples_and_paths() -> None:
     np.testing.assert_allclose(moved.path_log_prob(path).total, expected)
 
 
+def test_paths_along_any_leading_axes() -> None:
+    d = sbml.Density(lambda x, t, key: -x, VP(), (2,))
+    path, drawn = d.sample_path(KEY, 6, sampler=Ancestral(3))
+    for batch in ((), (2, 3)):
+        several = jax.tree.map(lambda a, b=batch: a[: math.prod(b)].reshape(*b, *a.shape[1:]), path)
+        found = d.path_log_prob(several)
+        assert found.steps.shape == (*batch, 3)
+        np.testing.assert_allclose(found.total.ravel(), drawn.total[: found.total.size], rtol=1e-12)
+
+
+def test_a_number_of_jax_is_a_number_of_a_sampler() -> None:
+    assert hash(DDIM(eta=jnp.asarray(0.5))) == hash(DDIM(eta=0.5))
+
+
+class Quiet(DDIM):
+    """DDIM whose last step has no noise."""
+
+    def transition(self, score: Any, sde: SDE, x: Any, s: Any, t: Any) -> Transition:
+        mean, std = super().transition(score, sde, x, s, t)
+        return Transition(mean, jnp.where(t == EPS, 0.0, std))
+
+
+def path_of(d: sbml.Density) -> Path:
+    return d.sample_path(KEY, 2, sampler=Ancestral(3))[0]
+
+
+def half(d: sbml.Density) -> sbml.Density:
+    return dataclasses.replace(d, score=lambda x, t, key: -x.astype(jnp.bfloat16))
+
+
 class Own(FixedSteps):
     """A sampler with a step of its own."""
 
     def step(self, score: Any, sde: SDE, x: Any, carry: Any, times: Any, z: Any) -> Any:
         return x, carry
-
-
-KEY = jax.random.key(0)
 
 
 @pytest.mark.parametrize(
@@ -321,8 +356,24 @@ KEY = jax.random.key(0)
             lambda d: sbml.Density(d.score, VP(), (101,)).sample_and_log_prob(
                 KEY, 2, sampler=DDIM(3)
             ),
-            "101 dimensions with a sampler.*max_dims=101",
+            "101 dimensions with a sampler.*as much as 102.*max_dims=101",
         ),
+        (
+            lambda d: d.importance(KEY, 2, jnp.sum, sampler=DDIM(3), max_dims=1),
+            "2 dimensions with a sampler.*max_dims=2",
+        ),
+        (lambda d: d.sample_path(KEY, 2, sampler=DDIM(3, eta=1e-30)), "step 1 of 3.*has no noise"),
+        (lambda d: d.sample_path(KEY, 2, sampler=Quiet(3, eta=1.0)), "step 3 of 3.*has no noise"),
+        (
+            lambda d: dataclasses.replace(d, eps=1e-4).path_log_prob(path_of(d)),
+            "path.times are not",
+        ),
+        (
+            lambda d: dataclasses.replace(d, shape=(3,)).path_log_prob(path_of(d)),
+            r"path.x has shape \(2, 4, 2\).*give \(..., 4, 3,\)",
+        ),
+        (lambda d: half(d).path_log_prob(path_of(d)), "the score computes in bfloat16"),
+        (lambda d: half(d).sample_path(KEY, 2, sampler=Ancestral(3)), "computes in bfloat16"),
         (
             lambda d: Ancestral(4).path_log_prob(
                 d.score, VP(), Ancestral(3).sample_path(d.score, VP(), jnp.ones(2), KEY, eps=EPS)[0]
@@ -330,11 +381,12 @@ KEY = jax.random.key(0)
             r"path of Ancestral\(steps=3",
         ),
         (
-            # Euler's step has the slope 1 - h g^2 c / 2, which is negative for a large c.
-            lambda d: sbml.Density(lambda x, t, key: -50 * x, VP(), (1,)).sample_and_log_prob(
+            # Euler's step has the slope 1 - h g^2 c / 2, which is negative for a large c. In two
+            # dimensions, its determinant is positive.
+            lambda d: sbml.Density(lambda x, t, key: -50 * x, VP(), (2,)).sample_and_log_prob(
                 KEY, 2, sampler=ODE(Solver("euler", fixed_steps=1))
             ),
-            "2 of 2 samples have no density: a step of ODE.*folds space",
+            "density of 2 of 2 samples is not known: a step of ODE.*folds space",
         ),
     ],
 )

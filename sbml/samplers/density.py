@@ -6,9 +6,12 @@ pi and S = ``sde.stretch``. The density of the sample y_n is exact, whatever the
     log p(y_n) = log pi(z) + d log S - sum_k log |det dF_k/dy|       nats
 
 A step's Jacobian comes from d tangents, and its determinant is taken step by step: the product of
-the Jacobians would lose its small singular values in float32. The formula needs injective steps. If
-a determinant is negative, the step folds space, and the density is NaN. Data are not evaluated in
-this way, because the steps from data to noise fold much more often.
+the Jacobians would lose its small singular values in float32. The formula needs injective steps. A
+step is injective if v^T J v > 0 for all v != 0 and at all y, where J is its Jacobian. Where this is
+not true at a sample's y_k, we say that the step folds space, and the density is NaN. Such a J may
+have a positive determinant: two directions that change their sign, or a rotation by 90 degrees or
+more, which would need no fold. Data are not evaluated in this way, because the steps from data to
+noise fold much more often.
 
 *Stochastic samplers.* A step is a draw from N(mu_k(y_k), s_k^2 I), and a path y_0, ..., y_n has
 
@@ -28,9 +31,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from sbml.door import checked
+from sbml.pytrees import when_known
 from sbml.scalars import Number
 from sbml.sdes import SDE
 from sbml.types import Array, Example, Key, Scalar, Score, in_full_precision
@@ -56,7 +61,8 @@ class MapLogProb(NamedTuple):
     Attributes:
       prior: the log density of the latent under the prior.
       log_det: the sum over the steps of log |det dF/dy|, minus d log S.
-      folds: whether a step has a negative determinant, so that the density is not known.
+      folds: whether v^T J v <= 0 for a step's Jacobian J and a vector v, so that the density is not
+        known.
     """
 
     prior: Array
@@ -173,7 +179,8 @@ class Chain(abc.ABC):
     ) -> tuple[Example, MapLogProb]:
         """The sample ``(*s)`` at ``eps`` of the latent ``z (*s)``, and its exact log density.
 
-        Each step takes d tangents and a determinant of a d x d matrix.
+        Each evaluation of the score takes d tangents, and each step two decompositions of a d x d
+        matrix.
 
         Raises:
           ValueError: the sampler is not deterministic, or it has a corrector.
@@ -191,13 +198,41 @@ class Chain(abc.ABC):
                 return mean, mean
 
             jacobian, mean = jax.jacfwd(mapped, has_aux=True)(x.ravel())
-            sign, size = jnp.linalg.slogdet(jacobian)
-            return (mean.reshape(z.shape), log_det + size, folds | (sign <= 0)), None
+            log_det += jnp.linalg.slogdet(jacobian)[1]
+            # The Cholesky factor is NaN if the symmetric part of J is not positive definite.
+            folds |= jnp.isnan(jnp.linalg.cholesky(jacobian + jacobian.T)).any()
+            return (mean.reshape(z.shape), log_det, folds), None
 
         stretch = jnp.asarray(self.stretch(sde), z.dtype)
         start = z / stretch, -z.size * jnp.log(stretch), jnp.asarray(False)
         (x, log_det, folds), _ = jax.lax.scan(one, start, (times[:-1], times[1:]))
         return x, MapLogProb(sde.prior_logp(z), log_det, folds)
+
+    def known_times(self, sde: SDE, eps: Number) -> Times:
+        """:meth:`times`, as numbers also inside ``jit`` if ``sde`` and ``eps`` are numbers."""
+        with jax.ensure_compile_time_eval():
+            return self.times(sde, eps)
+
+    def _check_noise(self, sde: SDE, x: Example, times: Times) -> None:
+        """Raise a ValueError if a step has no noise, or so little that rounding removes it."""
+
+        def noise(s: Scalar, t: Scalar) -> Scalar:
+            # The noise of our samplers does not depend on the score: 0 saves an evaluation.
+            step = self.transition(lambda x, t, key: jnp.zeros_like(x), sde, x, s, t)
+            return step.std / sde.std(t)
+
+        def check(found: Array) -> None:
+            lost = np.flatnonzero(~(np.asarray(found) > jnp.finfo(x.dtype).eps))
+            if len(lost):
+                raise ValueError(
+                    f"step {lost[0] + 1} of {len(found)} of {self} has no noise, or less than the "
+                    "rounding of x, so a path has no density: give every step noise, as Ancestral "
+                    "and DDIM(eta=1) do"
+                )
+
+        with jax.ensure_compile_time_eval():
+            found = jax.vmap(noise)(times[:-1], times[1:])
+        when_known(check, found)
 
     @checked
     def sample_path(
@@ -207,11 +242,11 @@ class Chain(abc.ABC):
         sample that the sampler draws with ``key``.
 
         Raises:
-          ValueError: the sampler is deterministic, or it has a corrector.
+          ValueError: a step has no noise, or the sampler has a corrector.
         """
         self.check_density(deterministic=False)
-        count = len(self.times(sde, eps))
-        points, times = self.path(score, sde, z, key, eps=eps, frames=count)
+        times = self.known_times(sde, eps)
+        points, _ = self.path(score, sde, z, key, eps=eps, frames=len(times))
         path = Path(points.at[0].divide(self.stretch(sde)), times, self)
         return path, self.path_log_prob(score, sde, path)
 
@@ -220,7 +255,7 @@ class Chain(abc.ABC):
         """The log density of ``path``, a function of the parameters of the score.
 
         Raises:
-          ValueError: another sampler drew the path.
+          ValueError: another sampler drew the path, or a step has no noise.
         """
         self.check_density(deterministic=False)
         if path.sampler != self:
@@ -228,6 +263,7 @@ class Chain(abc.ABC):
                 f"path of {path.sampler}, but the sampler is {self}: give the sampler of the path"
             )
         x = in_full_precision(path.x)
+        self._check_noise(sde, x[0], path.times)
 
         def one(x: Example, after: Example, s: Scalar, t: Scalar) -> Scalar:
             mean, std = self.transition(score, sde, x, s, t)

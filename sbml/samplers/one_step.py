@@ -69,6 +69,9 @@ class DDIM(FixedSteps):
     spacing: Spacing = "log_snr"
     eta: Annotated[Number, between(0, 1)] = 0.0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "eta", float(self.eta))  # An array is not hashable.
+
     @property
     def deterministic(self) -> bool:
         """See ``FixedSteps``."""

@@ -118,6 +118,7 @@ FORMS: dict[str, Any] = {
                 ("count", "bytes", "steps", "lanes", "restored", "parameters_crc32"), int
             ),
             **dict.fromkeys(("disk", "net", "initial", "header", "bound", "bound_stderr"), float),
+            **{"bound_ci95?": float, "warnings?": list[str]},
         }
     ),
     SAMPLES: _form(dict.fromkeys(("images", "nfe", "failed", "step", "sampler"), Any)),

@@ -66,7 +66,7 @@ def test_the_error_for_a_missing_archive_names_it_and_the_remedy(tmp_path: Path)
     empty = data.Options(cache_dir=tmp_path, manual_dir=tmp_path)
     with pytest.raises(ValueError, match=r"Imagenet32_val_npz.zip.*data.manual_dir.*not there"):
         data.load("imagenet32:new", "test", empty)
-    with pytest.raises(ValueError, match="'older'.*choose old or new"):
+    with pytest.raises(ValueError, match="imagenet32:older is unknown: choose imagenet32:old or"):
         data.load("imagenet32:older", "test", empty)
 
 

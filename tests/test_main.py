@@ -470,7 +470,7 @@ def test_a_work_directory_that_is_too_deep_is_refused_in_one_line(tmp_path: Path
         deep = tmp_path / "/".join(["d"] * depth)
         status, (line,) = run_program(deep, "--mode=train")
         assert status == 1 and re.match(
-            r"ValueError: the path of the work directory, /.* bytes: give", line
+            r"ValueError: --workdir: the path of the work directory, /.* bytes: give", line
         )
         assert len(line) < 300
 

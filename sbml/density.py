@@ -681,9 +681,10 @@ class Density:
             shapes = jax.tree.map(lambda _: self.condition_shape, condition)
 
         def each(leaf: Any, shape: tuple[int, ...]) -> Array:
+            leaf = _array(leaf)
             try:
-                array = jnp.asarray(_array(leaf))
-            except TypeError:
+                array = jnp.asarray(leaf)
+            except (TypeError, ValueError):  # JAX raises either, by the type of the leaf.
                 raise ValueError(f"condition is {shown(leaf)}: give arrays of numbers") from None
             if array.shape not in (shape, (*batch, *shape)):
                 raise ValueError(
@@ -840,7 +841,7 @@ def _is_shape(value: Any) -> bool:
 
 def _is_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(each, int | float | np.number) or _is_numbers(each) for each in value
+        isinstance(leaf, int | float | np.number) for leaf in jax.tree.leaves(value)
     )
 
 

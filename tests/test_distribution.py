@@ -303,7 +303,7 @@ def test_of_no_examples_there_is_no_log_p() -> None:
         ((2,), [0.1, np.float32(0.2)], np.tile([0.1, np.float32(0.2)], (2, 1))),
         ((2,), {"a": [1, 2]}, {"a": np.array([[1, 2]] * 2)}),
         ({"a": (2,), "b": ()}, {"a": [1, 2], "b": 3}, {"a": np.array([[1, 2]] * 2), "b": [3, 3]}),
-        ({"a": (1,), "b": ()}, {"a": [[1], [2]], "b": 3}, {"a": [[1], [2]], "b": [3, 3]}),
+        ({"a": (1,), "b": ()}, {"a": [(1,), (2,)], "b": 3}, {"a": [[1], [2]], "b": [3, 3]}),
     ],
 )
 def test_lists_of_numbers_are_arrays_anywhere_in_a_condition(
@@ -636,6 +636,12 @@ def test_modules_of_several_frameworks_give_the_same_density() -> None:
                 lambda x, t, key, c: -x, SDE, (3,), condition_shape={"a": (2,)}
             ).log_prob(X, condition=[0.1, 0.2]),
             r"condition is the pytree .*: give one like condition_shape=\{'a': \(2,\)\}",
+        ),
+        (
+            lambda: sbml.Density(
+                lambda x, t, key, c: -x, SDE, (3,), condition_shape={"a": (2,)}
+            ).log_prob(X, condition={"a": None}),
+            r"condition is None \(NoneType\): give arrays of numbers",
         ),
         (
             lambda: sbml.Density(conditional(), SDE, (3,), condition_shape=(2,)).log_prob(X),

@@ -699,9 +699,10 @@ class Density:
             shapes = jax.tree.map(lambda _: self.condition_shape, condition)
 
         def each(leaf: Any, shape: tuple[int, ...]) -> Array:
+            leaf = _array(leaf)
             try:
-                array = jnp.asarray(_array(leaf))
-            except TypeError:
+                array = jnp.asarray(leaf)
+            except (TypeError, ValueError):  # JAX raises either, by the type of the leaf.
                 raise ValueError(f"condition is {shown(leaf)}: give arrays of numbers") from None
             if array.shape not in (shape, (*batch, *shape)):
                 raise ValueError(

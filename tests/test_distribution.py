@@ -638,6 +638,12 @@ def test_modules_of_several_frameworks_give_the_same_density() -> None:
             r"condition is the pytree .*: give one like condition_shape=\{'a': \(2,\)\}",
         ),
         (
+            lambda: sbml.Density(
+                lambda x, t, key, c: -x, SDE, (3,), condition_shape={"a": (2,)}
+            ).log_prob(X, condition={"a": None}),
+            r"condition is None \(NoneType\): give arrays of numbers",
+        ),
+        (
             lambda: sbml.Density(conditional(), SDE, (3,), condition_shape=(2,)).log_prob(X),
             r"condition=None, but condition_shape=\(2,\): give one condition",
         ),

@@ -39,7 +39,7 @@ def inverse(f: Any, y: Array) -> tuple[Array, Array]:
       ValueError: as :func:`check`.
     """
     if f is None:
-        return y, jnp.zeros(len(y), y.dtype)
+        return y, jnp.zeros(len(y))
     x, log_det = jax.vmap(f.inverse_and_log_det)(y)
     check(f, y)
     log_det = log_det.sum(axis=tuple(range(1, log_det.ndim)))

@@ -25,6 +25,7 @@ Implicit Models", ICLR 2021; Lu et al., "DPM-Solver++", 2022, algorithm 1 with r
 import dataclasses
 from typing import Annotated, ClassVar
 
+import jax
 import jax.numpy as jnp
 
 from sbml.door import typed
@@ -70,7 +71,8 @@ class DDIM(FixedSteps):
     eta: Annotated[Number, between(0, 1)] = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eta", float(self.eta))  # An array is not hashable.
+        if not isinstance(self.eta, jax.core.Tracer):
+            object.__setattr__(self, "eta", float(self.eta))  # An array is not hashable.
 
     @property
     def deterministic(self) -> bool:

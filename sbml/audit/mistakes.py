@@ -71,19 +71,31 @@ def _mistake(
     return add
 
 
-# Several mistakes change the same right numbers, which are computed once.
-_one_at_a_time = threading.Lock()
+def _once(right: Evaluation) -> Callable[[Denoiser, Schedule, Images, int], suite.Numbers]:
+    """``right``, whose numbers are computed once: several mistakes change the same ones."""
+    one_at_a_time = threading.Lock()
+
+    @functools.cache
+    def numbers(
+        world: World, schedule: Schedule, shape: tuple[int, ...], k: bytes, seed: int
+    ) -> suite.Numbers:
+        denoiser = world.denoiser(schedule.sde, schedule.data)
+        pixels = np.frombuffer(k, np.uint8).reshape(shape)
+        return right.with_error_bar(denoiser, schedule, pixels, seed)
+
+    def nats(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -> suite.Numbers:
+        with one_at_a_time:
+            return numbers(denoiser.world, schedule, pixels.shape, pixels.tobytes(), seed)
+
+    return nats
 
 
-@functools.cache
-def _right(world: World, schedule: Schedule, shape: tuple[int, ...], k: bytes, seed: int) -> Any:
-    pixels = np.frombuffer(k, np.uint8).reshape(shape)
-    return ODE(world.denoiser(schedule.sde, schedule.data), schedule, pixels, seed)
+_bound = _once(BOUND)
+_ode = _once(ODE)
 
 
-def _by_ode(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -> np.ndarray:
-    with _one_at_a_time:
-        return _right(denoiser.world, schedule, pixels.shape, pixels.tobytes(), seed)
+def _by_ode(*call: Any) -> np.ndarray:
+    return np.asarray(_ode(*call).values)
 
 
 @_mistake("the entropy of dequantization left out", TOO_SMALL, "centre")
@@ -187,7 +199,7 @@ def trimmed(*call: Any) -> Numbers:
     the images that a model finds least probable, so the mean of the rest makes a model with
     outliers look better than it is. An infinite number is a result as well: the model excludes an
     image that exists."""
-    nats = BOUND(*call)
+    nats = np.asarray(_bound(*call).values)
     return nats[nats <= np.quantile(nats, 0.9)]
 
 
@@ -197,7 +209,7 @@ def dropped(*call: Any) -> Numbers:
     depend on the batch size and on the order, so that two runs average over different images. If
     the images are sorted, those of the last, incomplete batch are not a random part. Here a batch
     has four images."""
-    return BOUND(*call)[: len(call[2]) // 4 * 4]
+    return np.asarray(_bound(*call).values)[: len(call[2]) // 4 * 4]
 
 
 @_mistake("log p clipped at a fixed value", TOO_SMALL)
@@ -271,6 +283,6 @@ def lucky_bars(*call: Any) -> suite.Numbers:
     error is right, but a reader sees one call, and its interval hardly ever contains the mean.
     Student's quantile does not help, because such draws are not normal. Here three of four calls
     claim a twentieth of the true error, and the others twice as much."""
-    found = BOUND.with_error_bar(*call)
+    found = _bound(*call)
     factor = 2.0 if np.random.default_rng(call[3]).random() < 0.25 else 0.05
     return suite.Numbers(found.values, factor * found.stderr, factor * (found.ci95 or 0.0))

@@ -193,7 +193,7 @@ def path_of(config: str) -> pathlib.Path:
         return known[config]
     if os.path.isdir(path) or config != path.stem:
         what = "a folder" if os.path.isdir(path) else "no file"
-        beside = map(str, path.parent.glob("*.py"))
+        beside = map(str, path.parent.glob("*.py") if os.path.isdir(path.parent) else [])
         raise ValueError(
             f"--config={config} is {what}: "
             + hint(config, beside, "give a file such as configs/digits_vp.py")

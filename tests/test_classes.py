@@ -237,6 +237,8 @@ def test_a_classifier_whose_solver_failed_gives_a_warning() -> None:
     numbers = classifier._numbers(density, pixels, truth, truth)
     said = classifier.cautions(numbers, 1e-3)[0]
     assert said.startswith("NOT CONVERGED: the solver's error of the classifier's bits/dim is up")
+    unknown = dict.fromkeys([name for name in numbers if name.startswith("solver's")], np.nan)
+    assert "is up to nan, not within" in classifier.cautions({**numbers, **unknown}, 1e-3)[0]
     pixels[-1] = 15
     numbers = classifier._numbers(density, pixels, truth, truth)
     (said,) = classifier.cautions(numbers, 1e-3)

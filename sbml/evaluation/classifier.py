@@ -72,11 +72,11 @@ def cautions(found: dict[str, float], budget: float) -> list[str]:
         if name.startswith(SOLVER_ERROR) and not name.endswith(HALF_WIDTH)
     ]
     warnings = []
-    if max(errors, default=0.0) > budget:
+    if not all(error <= budget for error in errors):  # NaN, of a solve that gave up, is no success.
         warnings.append(
             f"NOT CONVERGED: the solver's error of the classifier's bits/dim is up to "
-            f"{notation(max(errors), '.2g')}, above eval.ode.solver_budget={notation(budget)}: "
-            "lower eval.ode.rtol and eval.ode.atol"
+            f"{notation(np.max(errors), '.2g')}, not within eval.ode.solver_budget="
+            f"{notation(budget)}: lower eval.ode.rtol and eval.ode.atol"
         )
     if found and found["accuracy"] <= found[GUESS]:
         warnings.append(

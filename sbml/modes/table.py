@@ -111,8 +111,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         }
         best = max(results[1:], key=lambda result: result["log_p"])
         key = stream(jax.random.key(config.sampling.seed), "samples")
-        drawn = np.asarray(density.sample(key, config.sampling.num_images), np.float64)
-        samples = test.whitening.forward(drawn)
+        samples = np.asarray(of_rows.sample(key, config.sampling.num_images))
         warnings = [test.caution] if test.caution else []
         warnings += [f"log p of the model: {each}" for each in found.warnings("", test.ids)]
         if step == (steps := config.training.num_steps):

@@ -4,7 +4,10 @@ import gc
 import os
 import tempfile
 from collections.abc import Iterator
+from importlib.util import cache_from_source
 from pathlib import Path
+
+import pytest
 
 # When XLA loads from the cache below, it logs a long list of the processor's features as an error.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -30,18 +33,18 @@ os.environ["XLA_FLAGS"] = compiler.with_flags(
 # Many functions are needed again in another file, and some in other processes. Their compiled code
 # is kept in a folder that is deleted when the first test process ends. Its workers, and the
 # programs that tests start, find the name of the folder in the environment. If Python's bytecode
-# may not be written beside the sources, it is kept in this folder too: without bytecode, each
-# process would take five seconds to compile what it imports.
+# may not be written beside the sources, and the installation wrote none either, it is kept in this
+# folder too: without bytecode, each process would take five seconds to compile what it imports.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="sbml-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_compiled.name}/xla"
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    _installed = Path(cache_from_source(pytest.__file__)).exists()
+    if not _installed and os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
         os.environ["PYTHONPYCACHEPREFIX"] = f"{_compiled.name}/python"
 
 import jax
 import jaxtyping
-import pytest
 import shapes
 from filelock import FileLock
 

@@ -181,7 +181,7 @@ def test_a_computation_before_the_import_is_noticed() -> None:
 @pytest.mark.skipif(
     not compiler.needs_cure(compiler.version()), reason="this XLA is right without the flag"
 )
-@pytest.mark.parametrize("mode", ["verify", "train"])
+@pytest.mark.parametrize("mode", [pytest.param("verify", marks=pytest.mark.slow), "train"])
 def test_the_program_stops_before_any_work(mode: str, tmp_path) -> None:
     needed = (tmp_path / "run", "tests/tiny.py") if mode == "train" else (None, "")
     process = runs.start(needed[0], f"--mode={mode}", config=needed[1], env={"XLA_FLAGS": BROKEN})

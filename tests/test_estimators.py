@@ -61,7 +61,9 @@ def keys_of(i):
     return stream(key, "dequantization"), stream(key, "bound")
 
 
-@pytest.mark.parametrize("name", ["uniform", "truncated_normal"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("uniform", marks=pytest.mark.slow), "truncated_normal"]
+)
 def test_the_odes_row_is_the_librarys_likelihood(name):
     model = model_of(name)
     values = bits_per_dim(ode.Estimator(EXACT, solver=LOOSE), model)
@@ -76,7 +78,10 @@ def test_the_odes_row_is_the_librarys_likelihood(name):
         np.testing.assert_allclose(values[i], nats / (2 * math.log(2)), rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["uniform", "truncated_normal", "categorical"])
+@pytest.mark.parametrize(
+    "name",
+    ["uniform", "truncated_normal", pytest.param("categorical", marks=pytest.mark.slow)],
+)
 def test_the_bounds_row_is_the_librarys_bound(name):
     model, u = model_of(name), times.lattice(jax.random.key(1), 2, 3)
     values = bits_per_dim(estimators.ESTIMATORS["bound"](), model, u)
@@ -107,7 +112,10 @@ class Triangle:
         return u, jnp.sum(jnp.log(4 * jnp.minimum(u, 1 - u)))
 
 
-@pytest.mark.parametrize(("name", "trace"), [("bound", None), ("bound_ssm", EXACT)])
+@pytest.mark.parametrize(
+    ("name", "trace"),
+    [("bound", None), pytest.param("bound_ssm", EXACT, marks=pytest.mark.slow)],
+)
 def test_log_q_is_a_term_of_every_bound(name, trace):
     u, kind = times.lattice(jax.random.key(1), 2, 3), estimators.ESTIMATORS[name]
     estimator = kind() if trace is None else kind(trace=trace)

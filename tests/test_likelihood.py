@@ -162,8 +162,8 @@ def of_narrow_data(std: float, eps: float, first_step: float) -> Callable[[Array
         (0.0, 0.05, EPS, 1e-3),
         (1e-3, 0.05, EPS, 1e-3),
         (1.0, 0.05, EPS, 1e-3),
-        (0.0, 0.05, EPS, 0.1),
-        (0.0, 0.0, 1e-7, 1e-3),
+        pytest.param(0.0, 0.05, EPS, 0.1, marks=pytest.mark.slow),
+        pytest.param(0.0, 0.0, 1e-7, 1e-3, marks=pytest.mark.slow),
     ],
 )
 def test_an_easy_path_does_not_hide_a_rough_divergence(
@@ -244,6 +244,7 @@ def test_rademacher_probes_are_exact_for_a_diagonal_covariance() -> None:
     assert np.std(likelihoods("diagonal", trace=Trace("gaussian")).logp) > 0.1
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_batch_mates() -> None:
     """The last example needs more steps. If the batch shared one step control, the results of the
     other examples would change. The tolerances are loose, so that this change would be visible."""

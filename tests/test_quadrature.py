@@ -55,8 +55,17 @@ def integral(solver: Solver) -> tuple[float, ode.Stats]:
     return float(value), stats
 
 
-@pytest.mark.parametrize("method", ["tsit5", "dopri5", "heun"])
-@pytest.mark.parametrize("power", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("method", "power"),
+    [
+        ("tsit5", 1.0),
+        ("dopri5", 2.0),
+        ("heun", 1.0),
+        pytest.param("tsit5", 2.0, marks=pytest.mark.slow),
+        pytest.param("dopri5", 1.0, marks=pytest.mark.slow),
+        pytest.param("heun", 2.0, marks=pytest.mark.slow),
+    ],
+)
 def test_the_integral_is_the_truth(method: str, power: float) -> None:
     value, stats = integral(
         Solver(method=method, power=power, rtol=1e-9, atol=1e-9, max_steps=100_000)
@@ -127,7 +136,10 @@ def stumble(t: Array, y: Array) -> Array:
     return -y * (1 + 30 * jnp.exp(-(((t - 0.5) / 0.02) ** 2)))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, None])
+@pytest.mark.parametrize(
+    "steps",
+    [2, None, pytest.param(1, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)],
+)
 def test_quintics_of_time_are_exact(steps: int | None) -> None:
     """The steps are equal, or uneven with some rejected."""
     solver = Solver(fixed_steps=steps, power=1.0, rtol=1e-7, atol=1e-7, pcoeff=0.0, icoeff=1.0)

@@ -35,6 +35,14 @@ def whole(tmp_path_factory):
     return workdir
 
 
+@pytest.fixture(scope="module")
+def trained(digits_model, tmp_path_factory):
+    """A work directory with the checkpoints of a training, which commands may write to."""
+    workdir = tmp_path_factory.mktemp("trained")
+    (workdir / "checkpoints").symlink_to(digits_model / "checkpoints")
+    return workdir
+
+
 def losses(workdir):
     return {row["step"]: row["loss"] for row in metrics.read(workdir)}
 
@@ -68,8 +76,8 @@ def wait_for(process, happened):
 
 
 @pytest.mark.slow
-def test_an_image_is_counted_once_if_an_antithetic_pair_takes_two_rows(whole):
-    rows = metrics.read(whole)
+def test_an_image_is_counted_once_if_an_antithetic_pair_takes_two_rows(digits_model):
+    rows = metrics.read(digits_model)
     seconds = np.diff([row["seconds"] for row in rows])
     images = [row["images_per_s"] for row in rows[1:]] * seconds
     np.testing.assert_allclose(images, 32, rtol=1e-6)
@@ -89,11 +97,10 @@ def test_several_processes_agree_to_stop_with_any_steps_per_dispatch(monkeypatch
     assert "SIGTERM: half is stored" in caplog.text
 
 
-def test_a_second_training_in_a_work_directory_is_refused(whole):
-    before = sorted(whole.rglob("*"))
-    with Workdir(whole).lock("train"), pytest.raises(BusyError, match="does --mode=train here"):
-        runs.mode(train.run, tiny.get_config(), whole)
-    assert {*whole.rglob("*")} - {*before} <= {whole / ".train.lock"}
+def test_a_second_training_in_a_work_directory_is_refused(tmp_path):
+    with Workdir(tmp_path).lock("train"), pytest.raises(BusyError, match="does --mode=train here"):
+        runs.mode(train.run, tiny.get_config(), tmp_path)
+    assert {*tmp_path.rglob("*")} <= {tmp_path / ".train.lock"}
 
 
 def test_a_training_that_lost_its_checkpoints_warns_and_restarts(tmp_path, caplog):
@@ -111,6 +118,7 @@ def test_a_training_that_lost_its_checkpoints_warns_and_restarts(tmp_path, caplo
     assert (tmp_path / metrics.EARLIER).read_bytes() == earlier + later
 
 
+@pytest.mark.slow
 def test_kills_change_nothing(whole, tmp_path):
     """SIGKILL in the middle of a save, then at a later step: the end is bitwise the same."""
     checkpoints = tmp_path / "checkpoints"
@@ -282,6 +290,7 @@ def test_two_processes_validate_an_average_that_is_spread_over_them(tmp_path):
     assert math.isfinite(metrics.read(tmp_path)[-1]["validation_bits_per_dim"])
 
 
+@pytest.mark.slow
 def test_processes_that_see_other_folders_are_refused(tmp_path):
     """They would hang at the first save, each waiting for what the other never writes."""
     for process in two_processes(tmp_path / "a", "--mode=train", other=tmp_path / "b"):
@@ -356,7 +365,7 @@ def test_losses_read_late_as_on_accelerators_change_nothing(tmp_path, monkeypatc
     assert_same_state(tmp_path / "0", tmp_path / "2")
 
 
-def test_wrong_batch_and_other_model_are_refused(whole, tmp_path, monkeypatch):
+def test_wrong_batch_and_other_model_are_refused(trained, tmp_path, monkeypatch):
     config = tiny.get_config()
     config.training.batch_size = 63
     config.training.accumulate = 2
@@ -368,9 +377,9 @@ def test_wrong_batch_and_other_model_are_refused(whole, tmp_path, monkeypatch):
     config.model.width = 48
     message = "another model: config.model.width is 48, the checkpoint's is 32"
     with pytest.raises(ValueError, match=message):
-        runs.mode(train.run, config, whole)
+        runs.mode(train.run, config, trained)
     with pytest.raises(ValueError, match=message):
-        build.Experiment(config).restore(whole)
+        build.Experiment(config).restore(trained)
 
 
 @pytest.mark.parametrize(
@@ -384,41 +393,41 @@ def test_wrong_batch_and_other_model_are_refused(whole, tmp_path, monkeypatch):
     ],
 )
 def test_a_checkpoint_of_the_same_shapes_and_another_meaning_is_refused(
-    whole, section, field, value, message
+    trained, section, field, value, message
 ):
     config = tiny.get_config()
     config[section][field] = value
     with pytest.raises(ValueError, match=message):
-        build.Experiment(config).restore(whole)
+        build.Experiment(config).restore(trained)
     with pytest.raises(ValueError, match=message):
-        runs.mode(train.run, config, whole)
+        runs.mode(train.run, config, trained)
 
 
-def test_settings_of_training_may_change_if_a_model_is_only_evaluated(whole):
+def test_settings_of_training_may_change_if_a_model_is_only_evaluated(trained):
     config = tiny.get_config()
     config.training.update(proposal_bins=0, noises="independent", times="iid")
     config.optim.update(lr=1.0, schedule="cosine")
-    assert build.Experiment(config).restore(whole).step == 40
+    assert build.Experiment(config).restore(trained).step == 40
 
 
-def test_a_wrong_config_is_not_a_damaged_checkpoint(whole):
+def test_a_wrong_config_is_not_a_damaged_checkpoint(trained):
     config = digits_vp.get_config()
     config.model.attn_resolutions = (5,)
     with pytest.raises(ValueError, match="attn_resolutions"):
-        build.Experiment(config).restore(whole)
+        build.Experiment(config).restore(trained)
 
 
-def test_other_data_are_named(whole):
+def test_other_data_are_named(trained):
     experiment = build.Experiment(tiny.get_config())
-    restored = experiment.restore(epath.Path(whole))
+    restored = experiment.restore(epath.Path(trained))
     train_set = experiment.images("train")
     assert compatibility.other_data(restored.metadata, train_set) == []
     (warning,) = compatibility.other_data(restored.metadata, experiment.images("test"))
     assert "sha256" in warning
 
 
-def test_provenance_is_in_the_checkpoint(whole):
+def test_provenance_is_in_the_checkpoint(trained):
     experiment = build.Experiment(tiny.get_config())
-    metadata = experiment.restore(whole).metadata
+    metadata = experiment.restore(trained).metadata
     assert metadata["config"] == json.loads(json.dumps(experiment.config.plain()))
     assert metadata["data"] == experiment.images("train").fingerprint

@@ -60,6 +60,7 @@ def noises(params: dict[str, Any], x: Array, t: Array) -> Array:
 
 @jax.jit
 def noisy_images(params: dict[str, Any], t: Array, eps: Array) -> Array:
+    """x_t of the four images at their times ``t``, with noise ``eps``."""
     sde = vdm_checkpoint.schedule(params["gamma"])
     centres = bits.to_model(jnp.asarray(IMAGES), 0.5, reference.LEVELS)
     return jax.vmap(lambda x, t, e: sde.mean_coef(t) * x + sde.std(t) * e)(centres, t, eps)
@@ -71,6 +72,7 @@ network = jax.jit(vdm.Model(**reference.OPTIONS).apply, static_argnames="train")
 @jax.jit
 @functools.partial(jax.vmap, in_axes=(None, 0, 0))
 def decoder_nats(sde: SDE, z: Array, pixels: Array) -> Array:
+    """-log P(pixels | z) of VDM's decoder for each row of ``z``."""
     rho = jnp.exp(-0.5 * sde.log_snr(jnp.zeros(())))
     return discrete.decoder_nats(z, pixels, reference.LEVELS, rho)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.interpolate
 import scipy.special
+from families import FAMILIES
 
 import sbml
 from sbml import bound, discrete, likelihood, losses, ode, times
@@ -39,21 +40,30 @@ class Derived(SDE):
         return self.original.std(t)
 
 
-@pytest.fixture(params=SDES, name="sde")
+@functools.partial(jax.jit, static_argnums=0)
+def coefficients(sde: SDE, t: Array) -> dict[str, Array]:
+    return {name: getattr(sde, name)(t) for name in (*DERIVED, "mean_coef", "std")}
+
+
+@pytest.fixture(
+    params=[n if n in FAMILIES else pytest.param(n, marks=pytest.mark.slow) for n in SDES],
+    name="sde",
+)
 def _sde(request: pytest.FixtureRequest) -> SDE:
     return SDES[request.param]()
 
 
 @pytest.mark.parametrize("name", DERIVED)
 def test_derived_coefficients_equal_the_closed_forms(name: str, sde: SDE) -> None:
-    t = jnp.asarray(np.append(TIMES, sde.largest_time))
-    expected = np.asarray(getattr(sde, name)(t))
+    t = np.append(TIMES, sde.largest_time)
+    expected = np.asarray(coefficients(sde, t)[name])
     scale = np.abs(expected) + 1e-14 * np.abs(expected).max()
-    error = np.abs(getattr(Derived(sde), name)(t) - expected)
+    error = np.abs(coefficients(Derived(sde), t)[name] - expected)
     assert (error <= 2e-12 * scale + 1e-15).all()  # alpha itself has a rounding error of 1e-16.
-    single = getattr(Derived(sde), name)(t.astype(jnp.float32))
+    t = t.astype(np.float32)
+    single = coefficients(Derived(sde), t)[name]
     assert single.dtype == jnp.float32
-    exact = np.asarray(getattr(sde, name)(t.astype(jnp.float32).astype(float)))
+    exact = coefficients(sde, t.astype(float))[name]
     np.testing.assert_allclose(single, exact, rtol=3e-5, atol=2e-6)
 
 
@@ -73,12 +83,15 @@ def test_the_inverse_is_exact_at_every_scale_and_of_every_shape(sde: SDE) -> Non
 
 
 def test_the_inverse_in_float32(sde: SDE) -> None:
-    derived, t = Derived(sde), jnp.asarray(np.geomspace(1e-5, 0.9, 50), jnp.float32)
-    log_snr = derived.log_snr(t)
-    inverse = derived.time(log_snr)
+    @jax.jit
+    def inverted(t: Array) -> tuple[Array, Array, Array]:
+        log_snr = Derived(sde).log_snr(t)
+        inverse = Derived(sde).time(log_snr)
+        return log_snr, inverse, sde.log_snr(inverse.astype(float))
+
+    log_snr, inverse, again = inverted(np.geomspace(1e-5, 0.9, 50).astype(np.float32))
     assert inverse.dtype == jnp.float32
-    again = np.asarray(sde.log_snr(inverse.astype(float)))
-    np.testing.assert_allclose(again, log_snr.astype(float), rtol=4e-7, atol=4e-6)
+    np.testing.assert_allclose(again, np.asarray(log_snr, float), rtol=4e-7, atol=4e-6)
 
 
 def test_the_ends_of_derived_sdes(sde: SDE) -> None:
@@ -107,8 +120,8 @@ def test_a_signal_below_rounding_counts_as_vanished(alpha_1: float) -> None:
 def test_a_schedule_may_have_constant_functions() -> None:
     sde, t = Schedule(lambda t: 1.0, lambda t: 80.0 * t, smallest_time=2e-3), jnp.asarray(TIMES)
     expected = LinearVE(80.0)
-    for name in (*DERIVED, "mean_coef", "std"):
-        np.testing.assert_allclose(getattr(sde, name)(t), getattr(expected, name)(t), rtol=1e-12)
+    for name, values in coefficients(expected, t).items():
+        np.testing.assert_allclose(coefficients(sde, t)[name], values, rtol=1e-12)
     assert (sde.largest_time, sde.prior_std, sde.smallest_time) == (1.0, 80.0, 2e-3)
     of_integers = Schedule(lambda t: 1, lambda t: 80 * t)
     np.testing.assert_allclose(of_integers.slopes(t), expected.slopes(t), rtol=1e-12)
@@ -229,12 +242,16 @@ TABLE = AlphaBarTable(np.cumprod(1 - BETAS))
 
 
 def test_the_table_has_its_levels_at_their_times() -> None:
+    @jax.jit
+    def values(t: Array) -> tuple[Array, ...]:
+        return TABLE.step(t), TABLE.mean_coef(t), TABLE.std(t), TABLE.time(TABLE.log_snr(t[1:]))
+
     i = np.arange(1000)
-    t = jnp.asarray(i / 999)
-    np.testing.assert_allclose(TABLE.step(t), i, rtol=1e-14)
-    np.testing.assert_allclose(TABLE.mean_coef(t) ** 2, TABLE.alpha_bars, rtol=1e-11)
-    np.testing.assert_allclose(TABLE.std(t) ** 2, 1 - np.asarray(TABLE.alpha_bars), rtol=1e-11)
-    np.testing.assert_allclose(TABLE.time(TABLE.log_snr(t[1:])), t[1:], rtol=1e-12)
+    step, mean_coef, std, time = values(i / 999)
+    np.testing.assert_allclose(step, i, rtol=1e-14)
+    np.testing.assert_allclose(np.square(mean_coef), TABLE.alpha_bars, rtol=1e-11)
+    np.testing.assert_allclose(np.square(std), 1 - np.asarray(TABLE.alpha_bars), rtol=1e-11)
+    np.testing.assert_allclose(time, i[1:] / 999, rtol=1e-12)
     assert TABLE.prior_std == TABLE.largest_time == 1.0
     assert hash(TABLE) == hash(AlphaBarTable(list(TABLE.alpha_bars)))
 
@@ -245,35 +262,48 @@ def test_between_its_levels_the_table_is_the_monotone_cubic() -> None:
     cubic = scipy.interpolate.PchipInterpolator(
         np.arange(5) / 4, scipy.special.logit(few.alpha_bars)
     )
-    np.testing.assert_allclose(few.log_snr(jnp.asarray(t)), cubic(t), rtol=1e-12, atol=1e-13)
     inside = t[1:-1] + 1e-4
-    np.testing.assert_allclose(few.rate(jnp.asarray(inside)), -cubic(inside, 1), rtol=1e-9)
-    assert (np.diff(few.log_snr(jnp.asarray(t))) < 0).all()
-    single = few.log_snr(jnp.asarray(t, jnp.float32))
+    single, double, rate = jax.jit(
+        lambda t, inside: (few.log_snr(t.astype(jnp.float32)), few.log_snr(t), few.rate(inside))
+    )(t, inside)
+    np.testing.assert_allclose(double, cubic(t), rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(rate, -cubic(inside, 1), rtol=1e-9)
+    assert (np.diff(double) < 0).all()
     assert single.dtype == jnp.float32
     np.testing.assert_allclose(single, cubic(t), rtol=2e-6, atol=4e-6)
 
 
 @pytest.mark.parametrize(
-    "levels", [[0.9, 0.1, 0.05], [0.9, 0.1, 0.0999, 0.0998], [0.99, 0.985, 0.5, 0.4], [0.9, 0.4]]
+    "levels",
+    [
+        [0.9, 0.1, 0.05],
+        pytest.param([0.9, 0.1, 0.0999, 0.0998], marks=pytest.mark.slow),
+        [0.99, 0.985, 0.5, 0.4],
+        [0.9, 0.4],
+    ],
 )
 def test_a_table_that_flattens_at_an_end_has_noise_there(levels: list[float]) -> None:
     """SciPy's monotone cubic has the slope 0 at the last level of the first two, and at the first
     level of the third."""
-    table, i = AlphaBarTable(levels), jnp.linspace(0, 1, len(levels))
-    np.testing.assert_allclose(jax.nn.sigmoid(table.log_snr(i)), levels, rtol=1e-12)
-    fine = jnp.linspace(0, 1, 4001)
-    assert np.all(np.diff(table.log_snr(fine)) < 0)
-    for t in (fine, fine.astype(jnp.float32)):
-        chords = -np.diff(table.log_snr(i)) * (len(levels) - 1)
-        assert np.all(table.rate(t)[jnp.array([0, -1])] > 0.09 * chords[np.array([0, -1])])
-        assert np.all(table.rate(t) > 0) and np.all(np.isfinite(table.diffusion(t)))
+    table = AlphaBarTable(levels)
+    log_snr = np.asarray(jax.jit(table.log_snr)(np.linspace(0, 1, len(levels))))
+    np.testing.assert_allclose(scipy.special.expit(log_snr), levels, rtol=1e-12)
+    fine = np.linspace(0, 1, 4001)
+    found = jax.jit(lambda t: (table.log_snr(t), table.rate(t), table.diffusion(t)))
+    assert np.all(np.diff(found(fine)[0]) < 0)
+    for t in (fine, fine.astype(np.float32)):
+        _, rate, diffusion = map(np.asarray, found(t))
+        chords = -np.diff(log_snr) * (len(levels) - 1)
+        assert np.all(rate[[0, -1]] > 0.09 * chords[[0, -1]])
+        assert np.all(rate > 0) and np.all(np.isfinite(diffusion))
 
 
 def test_the_table_of_ddpm_is_near_its_limit() -> None:
-    t = jnp.linspace(0.05, 1, 50)
-    difference = np.abs(TABLE.log_snr(t) - VP().log_snr((TABLE.step(t) + 1) / 1000))
-    assert difference.max() < 0.2 and difference.max() > 1e-3
+    @jax.jit
+    def difference(t: Array) -> Array:
+        return TABLE.log_snr(t) - VP().log_snr((TABLE.step(t) + 1) / 1000)
+
+    assert 1e-3 < np.abs(difference(np.linspace(0.05, 1, 50))).max() < 0.2
 
 
 @pytest.mark.parametrize(

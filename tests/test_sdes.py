@@ -1,7 +1,9 @@
 """What every SDE must fulfil, by automatic differentiation and by textbook formulas."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import scipy.stats
 from scipy.special import logit
 
 from sbml.sdes import SDE, SDES, VE, VP, LinearGamma, LinearVE, SubVP
+from sbml.types import Array
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -22,6 +25,26 @@ VANISHING = ("rectified_flow", "cosine_vp")  # alpha(T) = 0
 def times_of(sde: SDE) -> np.ndarray:
     """``TIMES`` with the largest time as the last one, where the log-SNR is still finite."""
     return np.append(TIMES[:-1], sde.largest_time)
+
+
+@functools.cache
+def values_of(sde: SDE) -> dict[str, np.ndarray]:
+    """Its functions at ``times_of``, their slopes, and the inverse of the log-SNR."""
+    names = ("drift_coef", "diffusion", "mean_coef", "std", "log_snr", "rate")
+
+    @jax.jit
+    def compute(t: Array) -> dict[str, Array]:
+        def slope(f: Callable[[Array], Array]) -> Array:
+            return jax.vmap(jax.grad(f))(t)
+
+        return {name: getattr(sde, name)(t) for name in names} | {
+            "mean_slope": slope(sde.mean_coef),
+            "variance_slope": slope(lambda t: sde.std(t) ** 2),
+            "log_snr_slope": slope(sde.log_snr),
+            "time": sde.time(sde.log_snr(t)),
+        }
+
+    return jax.device_get(compute(times_of(sde)))
 
 
 @pytest.fixture(params=SDES, name="sde")
@@ -65,51 +88,55 @@ def _textbook(name: str, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
 @pytest.mark.parametrize("name", SDES)
 def test_coefficients_are_those_of_the_textbook_formulas(name: str) -> None:
     sde = SDES[name]()
-    times = times_of(sde)
-    t = jnp.asarray(times)
-    values = sde.drift_coef(t), sde.diffusion(t) ** 2, sde.mean_coef(t), sde.std(t)
-    for value, expected in zip(values, _textbook(name, times), strict=True):
+    at = values_of(sde)
+    values = at["drift_coef"], at["diffusion"] ** 2, at["mean_coef"], at["std"]
+    for value, expected in zip(values, _textbook(name, times_of(sde)), strict=True):
         np.testing.assert_allclose(value, expected.astype(float), rtol=1e-12)
 
 
 def test_mean_solves_its_equation(sde: SDE) -> None:
-    t = times_of(sde)
-    slope = jax.vmap(jax.grad(sde.mean_coef))(t)
-    np.testing.assert_allclose(slope, sde.drift_coef(t) * sde.mean_coef(t), rtol=1e-12, atol=1e-15)
+    at = values_of(sde)
+    expected = at["drift_coef"] * at["mean_coef"]
+    np.testing.assert_allclose(at["mean_slope"], expected, rtol=1e-12, atol=1e-15)
 
 
 def test_variance_solves_its_equation(sde: SDE) -> None:
-    t = jnp.asarray(times_of(sde))
-    slope = jax.vmap(jax.grad(lambda t: sde.std(t) ** 2))(t)
-    expected = 2 * sde.drift_coef(t) * sde.std(t) ** 2 + sde.diffusion(t) ** 2
-    np.testing.assert_allclose(slope, expected, rtol=1e-9)
+    at = values_of(sde)
+    expected = 2 * at["drift_coef"] * at["std"] ** 2 + at["diffusion"] ** 2
+    np.testing.assert_allclose(at["variance_slope"], expected, rtol=1e-9)
 
 
 def test_log_snr_and_its_inverse(sde: SDE) -> None:
-    t = jnp.asarray(times_of(sde))
-    log_snr = sde.log_snr(t)
-    np.testing.assert_allclose(log_snr, 2 * jnp.log(sde.mean_coef(t) / sde.std(t)), atol=1e-12)
-    np.testing.assert_allclose(sde.time(log_snr), t, rtol=1e-12, atol=1e-15)
-    assert np.all(np.diff(log_snr) < 0)
+    at = values_of(sde)
+    expected = 2 * np.log(at["mean_coef"] / at["std"])
+    np.testing.assert_allclose(at["log_snr"], expected, atol=1e-12)
+    np.testing.assert_allclose(at["time"], times_of(sde), rtol=1e-12, atol=1e-15)
+    assert np.all(np.diff(at["log_snr"]) < 0)
 
 
 def test_importance_density_is_uniform_in_log_snr(sde: SDE) -> None:
-    t = jnp.asarray(times_of(sde))
-    slope = jax.vmap(jax.grad(sde.log_snr))(t)
-    np.testing.assert_allclose((sde.diffusion(t) / sde.std(t)) ** 2, -slope, rtol=1e-9)
-    np.testing.assert_allclose(sde.rate(t), -slope, rtol=1e-9)
+    at = values_of(sde)
+    weighting = (at["diffusion"] / at["std"]) ** 2
+    np.testing.assert_allclose(weighting, -at["log_snr_slope"], rtol=1e-9)
+    np.testing.assert_allclose(at["rate"], -at["log_snr_slope"], rtol=1e-9)
 
 
 def test_drift_and_marginal_act_on_an_example(sde: SDE) -> None:
-    x, t = jax.random.normal(jax.random.key(0), (2, 3)), jnp.asarray(0.3)
-    np.testing.assert_allclose(sde.drift(x, t), sde.drift_coef(t) * np.asarray(x))
-    mean, std = sde.marginal(x, t)
-    np.testing.assert_allclose(mean, sde.mean_coef(t) * np.asarray(x))
-    assert std == sde.std(t) and std.shape == ()
+    x = np.random.default_rng(0).normal(size=(2, 3))
+
+    @jax.jit
+    def compute(t: Array) -> tuple[Array, ...]:
+        each = sde.drift_coef(t), sde.mean_coef(t), sde.std(t)
+        return sde.drift(x, t), *sde.marginal(x, t), *each
+
+    drift, mean, std, drift_coef, mean_coef, expected = jax.device_get(compute(np.asarray(0.3)))
+    np.testing.assert_allclose(drift, drift_coef * x)
+    np.testing.assert_allclose(mean, mean_coef * x)
+    assert std == expected and std.shape == ()
 
 
 def test_prior(sde: SDE) -> None:
-    z = jax.random.normal(jax.random.key(1), (2, 3)) * sde.prior_std
+    z = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3)) * sde.prior_std)
     expected = scipy.stats.norm(0, sde.prior_std).logpdf(z).sum()
     np.testing.assert_allclose(sde.prior_logp(z), expected, rtol=1e-12)
     rounding = 4e-3 if isinstance(sde, LinearGamma) else 1e-4  # Its published end has more signal.
@@ -123,11 +150,16 @@ def test_prior_sample(sde: SDE) -> None:
 
 
 def test_float32_keeps_its_relative_accuracy(sde: SDE) -> None:
-    t = jnp.asarray(times_of(sde), jnp.float32)
-    for f in (sde.drift_coef, sde.diffusion, sde.mean_coef, sde.std):
-        assert f(t).dtype == jnp.float32
-        np.testing.assert_allclose(f(t), f(t.astype(float)), rtol=2e-6)
-    np.testing.assert_allclose(sde.log_snr(t), sde.log_snr(t.astype(float)), rtol=2e-6, atol=2e-6)
+    names = ("drift_coef", "diffusion", "mean_coef", "std", "log_snr")
+
+    @jax.jit
+    def compute(t: Array) -> list[tuple[Array, Array]]:
+        return [(f(t), f(t.astype(float))) for f in (getattr(sde, name) for name in names)]
+
+    pairs = jax.device_get(compute(times_of(sde).astype(np.float32)))
+    for name, (single, double) in zip(names, pairs, strict=True):
+        assert single.dtype == np.float32
+        np.testing.assert_allclose(single, double, rtol=2e-6, atol=2e-6 * (name == "log_snr"))
 
 
 def test_float32_inverse_is_as_good_as_its_argument(sde: SDE) -> None:
@@ -135,13 +167,18 @@ def test_float32_inverse_is_as_good_as_its_argument(sde: SDE) -> None:
 
     Near T the rounding of a float32 time is 2^-25, which matters where the log-SNR falls steeply.
     """
+
+    @jax.jit
+    def compute(times: Array) -> tuple[Array, ...]:
+        log_snr = sde.log_snr(times).astype(jnp.float32)
+        t = sde.time(log_snr)
+        return log_snr, t, sde.log_snr(t.astype(float)), sde.rate(times)
+
     times = np.geomspace(1e-6, sde.largest_time, 200)
-    log_snr = sde.log_snr(jnp.asarray(times)).astype(jnp.float32)
-    t = sde.time(log_snr)
-    assert t.dtype == jnp.float32
-    steep = np.where(times < 0.9, 0, np.asarray(sde.rate(times)) - 20).clip(0)
-    error = np.abs(sde.log_snr(t.astype(float)) - log_snr.astype(float))
-    assert (error <= 4e-6 + 2.0**-24 * steep).all()
+    log_snr, t, again, rate = jax.device_get(compute(times))
+    assert t.dtype == np.float32
+    steep = np.where(times < 0.9, 0, rate - 20).clip(0)
+    assert (np.abs(again - log_snr.astype(float)) <= 4e-6 + 2.0**-24 * steep).all()
 
 
 def test_sde_is_a_static_argument(sde: SDE) -> None:
@@ -173,6 +210,6 @@ def test_invalid_parameters_are_refused(kind: type[SDE], arguments: dict[str, fl
 
 
 def test_a_constant_beta_is_allowed() -> None:
-    sde, t = VP(beta_min=2.0, beta_max=2.0), jnp.asarray(TIMES)
-    np.testing.assert_allclose(sde.std(t) ** 2, -np.expm1(-2 * TIMES), rtol=1e-12)
-    np.testing.assert_allclose(sde.time(sde.log_snr(t)), t, rtol=1e-12)
+    at = values_of(VP(beta_min=2.0, beta_max=2.0))
+    np.testing.assert_allclose(at["std"] ** 2, -np.expm1(-2 * TIMES), rtol=1e-12)
+    np.testing.assert_allclose(at["time"], TIMES, rtol=1e-12)

@@ -1,5 +1,6 @@
 """VDM's network, schedules, decoder, bound and gradient, compared with numbers of its own code."""
 
+import functools
 import math
 from typing import Any
 
@@ -46,13 +47,34 @@ def score_of(params: dict[str, Any], sde: SDE, condition: Array | float) -> Netw
     return adapter(params["score_model"], jnp.asarray(condition))
 
 
-def noises(params: dict[str, Any], sde: SDE, x: Array, t: Array) -> Array:
+@jax.jit
+def noises(params: dict[str, Any], x: Array, t: Array) -> Array:
     """The noise that the network predicts for ``x (4, 8, 8, 3)`` at ``t (4,)``, classes 0 to 3."""
+    sde = vdm_checkpoint.schedule(params["gamma"])
 
     def one(x: Array, t: Array, condition: Array) -> Array:
         return -sde.std(t) * score_of(params, sde, condition)(x, t, None)
 
-    return jax.jit(jax.vmap(one))(x, t, jnp.asarray(CLASSES))
+    return jax.vmap(one)(x, t, jnp.asarray(CLASSES))
+
+
+@jax.jit
+def noisy_images(params: dict[str, Any], t: Array, eps: Array) -> Array:
+    """x_t of the four images at their times ``t``, with noise ``eps``."""
+    sde = vdm_checkpoint.schedule(params["gamma"])
+    centres = bits.to_model(jnp.asarray(IMAGES), 0.5, reference.LEVELS)
+    return jax.vmap(lambda x, t, e: sde.mean_coef(t) * x + sde.std(t) * e)(centres, t, eps)
+
+
+network = jax.jit(vdm.Model(**reference.OPTIONS).apply, static_argnames="train")
+
+
+@jax.jit
+@functools.partial(jax.vmap, in_axes=(None, 0, 0))
+def decoder_nats(sde: SDE, z: Array, pixels: Array) -> Array:
+    """-log P(pixels | z) of VDM's decoder for each row of ``z``."""
+    rho = jnp.exp(-0.5 * sde.log_snr(jnp.zeros(())))
+    return discrete.decoder_nats(z, pixels, reference.LEVELS, rho)
 
 
 # ---- schedules ----------------------------------------------------------------------------------
@@ -67,36 +89,52 @@ def _case(request: pytest.FixtureRequest, params: dict[str, Any]) -> tuple[str, 
 
 def test_gamma_and_its_derivative(case: tuple[str, Any]) -> None:
     name, sde = case
-    t = jnp.asarray(GIVEN["gamma/t"])
-    close(sde.gamma(t), GIVEN[f"{name}/gamma/gamma"], rtol=1e-12)
-    close(sde.rate(t), GIVEN[f"{name}/gamma/dgamma_dt"], rtol=1e-12)
+    gamma, rate = jax.jit(lambda t: (sde.gamma(t), sde.rate(t)))(GIVEN["gamma/t"])
+    close(gamma, GIVEN[f"{name}/gamma/gamma"], rtol=1e-12)
+    close(rate, GIVEN[f"{name}/gamma/dgamma_dt"], rtol=1e-12)
 
 
 def test_schedules_keep_the_contract_of_an_sde(case: tuple[str, Any]) -> None:
     """For t in [0, 1]: the moments solve their equations, and ``time`` inverts the log-SNR."""
     _, sde = case
-    t = jnp.linspace(0, 1, 12)
-    alpha, sigma, f, g = sde.mean_coef(t), sde.std(t), sde.drift_coef(t), sde.diffusion(t)
+    t = np.linspace(0, 1, 12)
+
+    @jax.jit
+    def values(t: Array) -> tuple[Array, ...]:
+        methods = sde.mean_coef, sde.std, sde.drift_coef, sde.diffusion, sde.log_snr, sde.rate
+        return *(method(t) for method in methods), sde.time(sde.log_snr(t))
+
+    @jax.jit
+    @jax.vmap
+    def slopes(t: Array) -> tuple[Array, ...]:
+        methods = sde.mean_coef, lambda t: sde.std(t) ** 2, sde.log_snr
+        return tuple(jax.grad(method)(t) for method in methods)
+
+    alpha, sigma, f, g, log_snr, rate, time = map(np.asarray, values(t))
+    alpha_slope, variance_slope, log_snr_slope = map(np.asarray, slopes(t))
     close(alpha**2 + sigma**2, 1, rtol=1e-13)
-    close(sde.log_snr(t), 2 * jnp.log(alpha / sigma), atol=1e-12)
-    close(jax.vmap(jax.grad(sde.mean_coef))(t), f * alpha, rtol=1e-9)
-    close(jax.vmap(jax.grad(lambda t: sde.std(t) ** 2))(t), 2 * f * sigma**2 + g**2, rtol=1e-9)
-    close(-jax.vmap(jax.grad(sde.log_snr))(t), sde.rate(t), rtol=1e-9)
-    close(g**2 / sigma**2, sde.rate(t), rtol=1e-12)
-    close(sde.time(sde.log_snr(t)), t, atol=1e-14)
+    close(log_snr, 2 * np.log(alpha / sigma), atol=1e-12)
+    close(alpha_slope, f * alpha, rtol=1e-9)
+    close(variance_slope, 2 * f * sigma**2 + g**2, rtol=1e-9)
+    close(-log_snr_slope, rate, rtol=1e-9)
+    close(g**2 / sigma**2, rate, rtol=1e-12)
+    close(time, t, atol=1e-14)
 
 
 def test_log_snr_outside_the_schedule_gives_its_end_times(params: dict[str, Any]) -> None:
     sde = vdm_checkpoint.schedule(params["gamma"])
-    np.testing.assert_allclose(sde.time(jnp.asarray([1e3, -1e3])), [0.0, 1.0], atol=1e-300)
-    assert sde.time(jnp.asarray(0.0, jnp.float32)).dtype == jnp.float32
+    close(jax.jit(sde.time)(np.array([1e3, -1e3])), [0.0, 1.0], atol=1e-300)
+    assert jax.eval_shape(sde.time, np.float32(0)).dtype == jnp.float32
 
 
 def test_a_schedule_in_float32_keeps_its_accuracy() -> None:
-    sde, t = sdes.LinearGamma(), jnp.linspace(0, 1, 21, dtype=jnp.float32)
-    for f in (sde.mean_coef, sde.std, sde.log_snr, sde.rate, sde.drift_coef, sde.diffusion):
-        assert f(t).dtype == jnp.float32
-        close(f(t), f(t.astype(float)), rtol=2e-6, atol=2e-6 * (f == sde.log_snr))
+    sde = sdes.LinearGamma()
+    names = ("mean_coef", "std", "log_snr", "rate", "drift_coef", "diffusion")
+    values = jax.jit(lambda t: [getattr(sde, name)(t) for name in names])
+    t = np.linspace(0, 1, 21, dtype=np.float32)
+    for name, single, double in zip(names, values(t), values(t.astype(float)), strict=True):
+        assert single.dtype == jnp.float32
+        close(single, double, rtol=2e-6, atol=2e-6 * (name == "log_snr"))
 
 
 def test_time_zero_is_allowed_and_one_is_not() -> None:
@@ -116,8 +154,8 @@ def test_time_zero_is_allowed_and_one_is_not() -> None:
 def test_network(params: dict[str, Any]) -> None:
     """The adapter computes the label and adds the input to the output; the class is given."""
     sde = vdm_checkpoint.schedule(params["gamma"])
-    t = sde.time(-jnp.asarray(GIVEN["wide/network/gamma_t"]))
-    result = noises(params, sde, jnp.asarray(GIVEN["wide/network/z_t"]), t)
+    t = jax.jit(sde.time)(-GIVEN["wide/network/gamma_t"])
+    result = noises(params, GIVEN["wide/network/z_t"], t)
     close(result, GIVEN["wide/network/eps_hat"], atol=1e-9)
 
 
@@ -131,8 +169,8 @@ def test_network_in_float32(inputs: str, result: str) -> None:
     low, high = reference.LOG_SNR_RANGE
     z, gamma = (np.float32(GIVEN[f"{inputs}/{name}"]) for name in ("z_t", "gamma_t"))
     label, classes = 1000 * (high + gamma) / np.float32(high - low), np.float32(CLASSES)
-    model, params = vdm.Model(**reference.OPTIONS), reference.wide_params()["score_model"]
-    out = model.apply({"params": params}, z, label, train=False, condition=classes)
+    params = reference.wide_params()["score_model"]
+    out = network({"params": params}, z, label, train=False, condition=classes)
     assert out.dtype == jnp.float32
     close(z + out, GIVEN[f"{result}/eps_hat"], rtol=1e-5, atol=1e-5)
 
@@ -142,44 +180,35 @@ def test_network_in_float32(inputs: str, result: str) -> None:
 
 def test_decoder_of_every_value(params: dict[str, Any]) -> None:
     sde = vdm_checkpoint.schedule(params["gamma"])
-    rho = jnp.exp(-0.5 * sde.log_snr(jnp.zeros(())))
-    z = jnp.asarray(GIVEN["wide/decoder/z_of_log_prob"])
-
-    @jax.jit
-    @jax.vmap
-    @jax.vmap
-    def log_prob(z: Array, value: Array) -> Array:
-        return -discrete.decoder_nats(z[None], value[None], reference.LEVELS, rho)
-
-    flat = jnp.broadcast_to(z.reshape(-1, 1), (z.size, reference.LEVELS))
-    values = jnp.broadcast_to(jnp.arange(reference.LEVELS)[None], flat.shape)
-    result = log_prob(flat, values).reshape(GIVEN["wide/decoder/log_prob"].shape)
+    z = GIVEN["wide/decoder/z_of_log_prob"]
+    flat = np.repeat(z.reshape(-1, 1), reference.LEVELS, axis=0)
+    values = np.tile(np.arange(reference.LEVELS), z.size)[:, None]
+    result = -decoder_nats(sde, flat, values).reshape(*z.shape, -1)
     close(result, GIVEN["wide/decoder/log_prob"], rtol=1e-10, atol=1e-10)
 
 
 def test_decoder_of_images(case: tuple[str, Any]) -> None:
     name, sde = case
-    rho = jnp.exp(-0.5 * sde.log_snr(jnp.zeros(())))
-    for z, image, expected in zip(
-        GIVEN[f"{name}/decoder/z_0_rescaled"],
-        IMAGES,
-        GIVEN[f"{name}/decoder/log_prob_of_images"],
-        strict=True,
-    ):
-        result = discrete.decoder_nats(jnp.asarray(z), jnp.asarray(image), reference.LEVELS, rho)
-        assert float(result) == pytest.approx(-expected, rel=1e-10)
+    result = decoder_nats(sde, GIVEN[f"{name}/decoder/z_0_rescaled"], IMAGES)
+    close(result, -GIVEN[f"{name}/decoder/log_prob_of_images"], rtol=1e-10)
 
 
 def test_prior_and_reconstruction(case: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """These terms do not depend on the network, so the test uses one that predicts zero noise."""
     name, sde = case
-    result = bounds(lambda condition: lambda x, t, key: 0 * x, sde, "continuous", monkeypatch)
+    t = GIVEN["loss/continuous/t"]
+
+    @jax.jit
+    def compute() -> discrete.Bound:
+        return bounds(lambda condition: lambda x, t, key: 0 * x, sde, t, monkeypatch)
+
+    result = compute()
     close(result.prior, GIVEN[f"{name}/loss/loss_klz"], rtol=1e-9)
     close(result.reconstruction, GIVEN[f"{name}/loss/loss_recon"], rtol=1e-9)
 
 
-def bounds(score: Any, sde: SDE, variant: str, monkeypatch: pytest.MonkeyPatch) -> discrete.Bound:
-    """``discrete.elbo`` of the four images from t = 0 at the stored times and draws.
+def bounds(score: Any, sde: SDE, t: Array, monkeypatch: pytest.MonkeyPatch) -> discrete.Bound:
+    """``discrete.elbo`` of the four images from t = 0 at their times ``t`` and the stored draws.
 
     ``score`` is a function of the class. The noise at t is a e + b z with a^2 + b^2 = 1; with
     e = a eps and z = b eps it is the stored eps.
@@ -198,40 +227,36 @@ def bounds(score: Any, sde: SDE, variant: str, monkeypatch: pytest.MonkeyPatch) 
             reduction=Reduction(proposal="uniform"),
         )
 
-    t, eps, eps_0 = (GIVEN[f"loss/{name}"] for name in (f"{variant}/t", "eps", "eps_0"))
-    return jax.vmap(one)(*map(jnp.asarray, (IMAGES, t, CLASSES, eps, eps_0)))
+    draws = GIVEN["loss/eps"], GIVEN["loss/eps_0"]
+    return jax.vmap(one)(*map(jnp.asarray, (IMAGES, t, CLASSES, *draws)))
 
 
-@pytest.mark.parametrize("variant", ["continuous", "continuous_iid"])
-def test_every_term_of_the_bound(
-    variant: str, params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_term_of_the_bound(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     sde = vdm_checkpoint.schedule(params["gamma"])
 
     @jax.jit
-    def compute() -> discrete.Bound:
-        return bounds(lambda c: score_of(params, sde, c), sde, variant, monkeypatch)
+    def compute(t: Array) -> discrete.Bound:
+        return bounds(lambda c: score_of(params, sde, c), sde, t, monkeypatch)
 
-    terms = compute()
-    close(terms.prior, GIVEN["wide/loss/loss_klz"], rtol=1e-9)
-    close(terms.reconstruction, GIVEN["wide/loss/loss_recon"], rtol=1e-9)
-    close(terms.diffusion, GIVEN[f"wide/loss/{variant}/loss_diff"], rtol=1e-9)
-    bpd = bits.nats_to_bits(float(terms.total.mean()), (8, 8, 3))
-    assert bpd == pytest.approx(float(GIVEN[f"wide/loss/{variant}/bpd"]), rel=1e-9)
+    for variant in ("continuous", "continuous_iid"):
+        terms = compute(GIVEN[f"loss/{variant}/t"])
+        close(terms.prior, GIVEN["wide/loss/loss_klz"], rtol=1e-9)
+        close(terms.reconstruction, GIVEN["wide/loss/loss_recon"], rtol=1e-9)
+        close(terms.diffusion, GIVEN[f"wide/loss/{variant}/loss_diff"], rtol=1e-9)
+        bpd = bits.nats_to_bits(float(np.mean(terms.total)), (8, 8, 3))
+        assert bpd == pytest.approx(float(GIVEN[f"wide/loss/{variant}/bpd"]), rel=1e-9)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_noise_at_the_times_of_the_losses(variant: str, params: dict[str, Any]) -> None:
     """This includes the discrete-time loss, which is weighted as ten steps require."""
-    sde = vdm_checkpoint.schedule(params["gamma"])
-    t, eps = jnp.asarray(GIVEN[f"loss/{variant}/t"]), jnp.asarray(GIVEN["loss/eps"])
-    centres = bits.to_model(jnp.asarray(IMAGES), 0.5, reference.LEVELS)
-    z = jax.vmap(lambda x, t, e: sde.mean_coef(t) * x + sde.std(t) * e)(centres, t, eps)
-    result = noises(params, sde, z, t)
+    t, eps = GIVEN[f"loss/{variant}/t"], GIVEN["loss/eps"]
+    result = noises(params, noisy_images(params, t, eps), t)
     close(result, GIVEN[f"wide/loss/{variant}/eps_hat"], atol=1e-9)
     if variant == "discrete_10":
-        weight = 10 * np.expm1(sde.gamma(t) - sde.gamma(t - 0.1))
-        errors = np.sum((np.asarray(eps) - result) ** 2, axis=(1, 2, 3))
+        gamma = jax.jit(vdm_checkpoint.schedule(params["gamma"]).gamma)
+        weight = 10 * np.expm1(gamma(t) - gamma(t - 0.1))
+        errors = np.sum((eps - np.asarray(result)) ** 2, axis=(1, 2, 3))
         close(0.5 * weight * errors, GIVEN["wide/loss/discrete_10/loss_diff"], rtol=1e-9)
 
 
@@ -258,11 +283,13 @@ def test_gradient_of_the_bound(params: dict[str, Any], monkeypatch: pytest.Monke
     """The gradient goes through the network, the time label, the decoder, both ends of the schedule
     and its derivative."""
 
+    t = GIVEN["loss/continuous/t"]
+
     @jax.jit
     @jax.grad
     def gradient(params: dict[str, Any]) -> Array:
         sde = vdm_checkpoint.schedule(params["gamma"])
-        result = bounds(lambda c: score_of(params, sde, c), sde, "continuous", monkeypatch)
+        result = bounds(lambda c: score_of(params, sde, c), sde, t, monkeypatch)
         return result.total.mean() / (DIMS * math.log(2))
 
     result = {
@@ -288,7 +315,8 @@ def test_schedule_decoder_bound_and_gradient_in_float32(monkeypatch: pytest.Monk
 
         def loss(params: dict[str, Any]) -> tuple[Array, discrete.Bound]:
             sde = vdm_checkpoint.schedule(params["gamma"])
-            terms = bounds(lambda c: score_of(params, sde, c), sde, "continuous", monkeypatch)
+            times = GIVEN["loss/continuous/t"]
+            terms = bounds(lambda c: score_of(params, sde, c), sde, times, monkeypatch)
             return terms.total.mean() / (DIMS * math.log(2)), terms
 
         gradient, result = jax.jit(jax.grad(loss, has_aux=True))(params)

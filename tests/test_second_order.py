@@ -341,15 +341,15 @@ def test_the_gradient_of_the_loss_is_that_of_its_divergence_only() -> None:
         jacobian = jax.jacfwd(lambda x: f(x, t, None))(losses.perturb(sde, x, t, z))
         return vs[0] @ jacobian @ vs[0]
 
-    @jax.jit
     def loss(a: Array) -> Array:
         return second_order.loss(curved(a, sde), sde, x, t, key, vs, weighting="original")
 
-    value, gradient = map(float, jax.jit(jax.value_and_grad(loss))(0.7))
+    both = jax.jit(jax.value_and_grad(loss))
+    value, gradient = map(float, both(0.7))
     slope = (float(form(0.7 + step)) - float(form(0.7 - step))) / (2 * step)
     r, sigma = np.sqrt(2 * 3 * value), coefficients(sde, t)[1]
     np.testing.assert_allclose(abs(gradient), abs(r * sigma**2 * slope / 3), rtol=1e-7)
-    whole = (float(loss(0.7 + step)) - float(loss(0.7 - step))) / (2 * step)
+    whole = (float(both(0.7 + step)[0]) - float(both(0.7 - step)[0])) / (2 * step)
     assert abs(whole - gradient) > 0.1 * abs(gradient)
 
 
@@ -369,7 +369,18 @@ class InBatches:
         return jax.vmap(lambda x, t: self.score(x, t, None))(x, t)
 
 
-@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize(
+    ("sde", "antithetic"),
+    [
+        ("vp", True),
+        ("rectified_flow", False),
+        pytest.param("vp", False, marks=pytest.mark.slow),
+        pytest.param("rectified_flow", True, marks=pytest.mark.slow),
+        pytest.param("ve", False, marks=pytest.mark.slow),
+        pytest.param("ve", True, marks=pytest.mark.slow),
+    ],
+    indirect=["sde"],
+)
 def test_a_batch_has_the_losses_of_its_examples(sde: SDE, antithetic: bool) -> None:
     """The first-order losses are those of ``losses.dsm_batch``. The second-order losses are
     computed by hand, with the probes that each key gives."""
@@ -416,7 +427,7 @@ def test_arguments_of_wrong_shapes_are_refused() -> None:
         second_order.dsm_batch(score, sde, batch[0], jnp.asarray(0.1), batch[2])
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_noise_of_the_losses_has_full_precision(dtype):
     """Noise that is drawn in half precision does not have the variance 1."""
     sde, key, t = SDES["vp"](), jax.random.key(0), T

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
-from families import FAMILIES
 
 from sbml import bound, discrete, likelihood, losses, samplers, times
 from sbml.audit import oracle
@@ -29,7 +28,10 @@ class OnlyBatches:
         raise AssertionError("called for one example, though it has a batch form")
 
 
-@pytest.fixture(params=FAMILIES, name="sde")
+# The losses see an SDE only through its coefficients.
+@pytest.fixture(
+    params=["vp", "rectified_flow", pytest.param("ve", marks=pytest.mark.slow)], name="sde"
+)
 def _sde(request: pytest.FixtureRequest) -> SDE:
     return SDES[request.param]()
 

@@ -227,7 +227,7 @@ def test_several_outputs_have_the_digits_of_float32(name: str, options: dict) ->
         """The part of the network's outputs that bfloat16 represents exactly."""
         model = networks.NETWORKS[name](**options, dtype="bfloat16", outputs=outputs)
         x, label = normal(1, 2, 8, 8, 1), np.float32([0.1, 0.4])
-        out = apply(model, random_params(model, x.shape), x, label)
+        out = model.apply(random_params(model, x.shape), x, label, train=False)
         assert out.dtype == jnp.float32
         return float(jnp.mean(out == out.astype(jnp.bfloat16)))
 

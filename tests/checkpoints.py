@@ -17,6 +17,7 @@ class State(NamedTuple):
     opt_state: Any
 
 
+@jax.jit
 def make_state(seed: int) -> State:
     kernel = jax.random.normal(jax.random.key(seed), (5, 33))
     odd = jnp.array([jnp.nan, -0.0, 1e-42, jnp.inf], jnp.float32)

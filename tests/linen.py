@@ -13,8 +13,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 KEY = jax.random.key(0)
 
 
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(jnp.result_type(float))
 
 
 @functools.cache
@@ -24,7 +24,8 @@ def shapes(model: nn.Module, x_shape: tuple[int, ...]) -> dict[str, tuple[int, .
     This also asserts what holds for every network: the output has the shape of ``x``, with one more
     axis if the network has several ``outputs``, and is float32 like the parameters.
     """
-    x, label, keys = jnp.zeros(x_shape), jnp.ones(x_shape[0]), {"params": KEY, "dropout": KEY}
+    x, label = np.zeros(x_shape, np.float32), np.ones(x_shape[0], np.float32)
+    keys = {"params": KEY, "dropout": KEY}
     out, variables = jax.eval_shape(lambda: model.init_with_output(keys, x, label, train=True))
     assert set(variables) == {"params"}
     several = (model.outputs,) if model.outputs else ()

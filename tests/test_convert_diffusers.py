@@ -435,6 +435,7 @@ def test_folders_with_missing_or_damaged_files_are_errors(tmp_path: Path) -> Non
     refused(folder, ours, "scheduler_config.json cannot be read .*: give the folder that save_pre")
 
 
+@pytest.mark.slow
 def test_a_folder_is_not_converted_into_a_work_directory_with_checkpoints(
     converted: Path, tmp_path: Path
 ) -> None:
@@ -448,7 +449,9 @@ def test_only_folders_of_diffusers_have_the_flag(tmp_path: Path) -> None:
     refused(tmp_path / "theirs", tmp_path / "ours", "is no folder of diffusers", pixels="unit")
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(np.float16, marks=pytest.mark.slow), ml_dtypes.bfloat16]
+)
 def test_weights_of_half_precision_are_evaluated_in_float32(
     dtype: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

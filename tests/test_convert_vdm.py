@@ -201,6 +201,8 @@ def test_other_constants_of_the_label_are_a_flag(tmp_path: Path) -> None:
     )
     experiment = build.Experiment(fitted)
     np.testing.assert_allclose(experiment.adapter.time_label(np.float32([0.0, 1.0])), [0, 1000])
+    with pytest.raises(ValueError, match="has checkpoints already"):
+        runs.mode(convert.run, config(), tmp_path / "ours", tmp_path)
 
 
 def test_the_decoder_stays_where_it_was_trained() -> None:
@@ -246,11 +248,9 @@ def test_what_does_not_fit_is_named_before_anything_is_written(
     assert runs.is_empty(tmp_path / "ours")
 
 
-def test_errors_for_checkpoints_that_do_not_fit(converted: Path, tmp_path: Path) -> None:
+def test_errors_for_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     tree = reference.train_state(small({"width": 32, "depth": 1}, None))
     save(tmp_path, tree)
-    with pytest.raises(ValueError, match="has checkpoints already"):
-        runs.mode(convert.run, config(), converted, tmp_path)
     with pytest.raises(ValueError, match="model.name='ncsnpp', .* is of a 'vdm': take a config"):
         runs.mode(convert.run, default(), tmp_path / "ours", tmp_path)
     del tree["opt_state"]["0"]["nu"]

@@ -1,5 +1,7 @@
 """The optimizer, compared with the formulas of Adam: its clipping, weight decay and schedules."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,7 @@ def rate(lr, warmup, schedule, num_steps):
     return Optim(lr=lr, warmup=warmup, schedule=schedule).rate(num_steps)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def step(optimizer, params, *grads):
     state = optimizer.init(params)
     for grad in grads:
@@ -37,13 +40,13 @@ def test_adam_by_hand_with_clipping():
         clipped = g / 5
         m, v = 0.9 * m + 0.1 * clipped, 0.999 * v + 0.001 * clipped**2
         p = p - 1e-2 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
-    got = step(adam(grad_clip=1.0), jnp.array([1.0, -1.0]), jnp.asarray(g), jnp.asarray(g))
+    got = step(adam(grad_clip=1.0), np.array([1.0, -1.0]), g, g)
     np.testing.assert_allclose(got, p, rtol=1e-5)
 
 
 def test_only_kernels_decay():
-    params = {"kernel": jnp.ones((2, 2)), "W": jnp.ones(3)}
-    zero = {"kernel": jnp.zeros((2, 2)), "W": jnp.zeros(3)}
+    params = {"kernel": np.ones((2, 2)), "W": np.ones(3)}
+    zero = {"kernel": np.zeros((2, 2)), "W": np.zeros(3)}
     got = step(adam(weight_decay=0.1), params, zero)
     np.testing.assert_allclose(got["kernel"], 1 - 1e-2 * 0.1, rtol=1e-6)
     np.testing.assert_array_equal(got["W"], params["W"])
@@ -52,7 +55,7 @@ def test_only_kernels_decay():
 def test_a_run_may_continue_with_other_settings():
     """The state has the same structure for all settings, so a checkpoint with any of them can be
     restored."""
-    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    params = {"kernel": np.ones((2, 2)), "bias": np.ones(2)}
     states = [
         adam(weight_decay=decay, grad_clip=clip).init(params)
         for decay in (0.0, 0.1)
@@ -63,27 +66,26 @@ def test_a_run_may_continue_with_other_settings():
 
 def test_scales_biases_and_embeddings_with_several_axes_do_not_decay():
     """Flow++'s elementwise scale and bias, and its embedding of positions, have several axes."""
-    params = {name: jnp.ones((2, 1, 3)) for name in ("scale", "bias", "pos_emb", "pos_emb_dq")}
-    got = step(adam(weight_decay=0.1), params, jax.tree.map(jnp.zeros_like, params))
+    params = {name: np.ones((2, 1, 3)) for name in ("scale", "bias", "pos_emb", "pos_emb_dq")}
+    got = step(adam(weight_decay=0.1), params, jax.tree.map(np.zeros_like, params))
     jax.tree.map(np.testing.assert_array_equal, got, params)
 
 
 def test_schedules():
     constant = rate(2e-4, 5_000, "constant", 10_000)
-    steps = [0, 1, 2_500, 5_000, 9_999]
-    np.testing.assert_allclose([constant(s) for s in steps], [0, 4e-8, 1e-4, 2e-4, 2e-4], rtol=1e-3)
+    steps = np.array([0, 1, 2_500, 5_000, 9_999])
+    np.testing.assert_allclose(jax.jit(constant)(steps), [0, 4e-8, 1e-4, 2e-4, 2e-4], rtol=1e-3)
     cosine = rate(1.0, 100, "cosine", 1_100)
-    np.testing.assert_allclose([cosine(s) for s in (50, 100, 600, 1_100)], [0.5, 1, 0.5, 0],
-                               atol=1e-6)  # fmt: skip
+    steps = np.array([50, 100, 600, 1_100])
+    np.testing.assert_allclose(jax.jit(cosine)(steps), [0.5, 1, 0.5, 0], atol=1e-6)
     assert rate(1.0, 0, "constant", 10)(0) == 1.0
 
 
 @pytest.mark.parametrize("warmup", [10, 40])
 def test_a_cosine_run_shorter_than_its_warmup_only_rises(warmup):
     rising = rate(1.0, warmup, "cosine", 10)
-    np.testing.assert_allclose(
-        [rising(s) for s in (0, 5, 9)], np.array([0, 5, 9]) / warmup, rtol=1e-6
-    )
+    steps = np.array([0, 5, 9])
+    np.testing.assert_allclose(jax.jit(rising)(steps), steps / warmup, rtol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
@@ -122,21 +124,25 @@ def test_gradients_are_clipped_in_the_unit_of_the_papers_loss(flags, importance,
     )
     experiment = build.Experiment(config)
     unit = loss_unit(experiment.sde, experiment.config.training, experiment.adapter.eps)
-    t, weight = experiment.proposal.at((jnp.arange(64) + 0.5) / 64)
-    x, keys = jnp.zeros((64, 4096)), jax.random.split(jax.random.key(0), 64)
-    zero = jax.tree_util.Partial(lambda x, t, key: 0 * x)
-    terms = losses.dsm_batch(
-        zero, experiment.sde, x, t, keys, weighting=experiment.config.training.weighting
-    )
-    ours = weight * terms / 4096
-    if theirs is None:  # No paper has this loss: ours is compared with weight |z|^2.
-        theirs = weight
-    elif callable(theirs):
-        theirs = theirs(experiment.sde, t)
-    np.testing.assert_allclose(ours / theirs, unit, rtol=0.1)
-    np.testing.assert_allclose(jnp.mean(ours / theirs), unit, rtol=0.01)
-    clipped = experiment.optimizer.update  # After one step, Adam's mean is a tenth of its input.
-    params, gradient = {"w": jnp.zeros(4)}, {"w": jnp.full(4, 50.0)}
+
+    @jax.jit
+    def ratios(key):
+        t, weight = experiment.proposal.at((jnp.arange(64) + 0.5) / 64)
+        x, keys = jnp.zeros((64, 4096)), jax.random.split(key, 64)
+        zero = jax.tree_util.Partial(lambda x, t, key: 0 * x)
+        terms = losses.dsm_batch(
+            zero, experiment.sde, x, t, keys, weighting=experiment.config.training.weighting
+        )
+        # If no paper has this loss, ours is compared with weight |z|^2.
+        loss = theirs(experiment.sde, t) if callable(theirs) else theirs or weight
+        return weight * terms / 4096 / loss
+
+    found = np.asarray(ratios(jax.random.key(0)))
+    np.testing.assert_allclose(found, unit, rtol=0.1)
+    np.testing.assert_allclose(np.mean(found), unit, rtol=0.01)
+    clipped = jax.jit(experiment.optimizer.update)
+    # After one step, Adam's mean is a tenth of its input.
+    params, gradient = {"w": np.zeros(4, np.float32)}, {"w": np.full(4, 50, np.float32)}
     _, state = clipped(gradient, experiment.optimizer.init(params), params)
     (mu,) = optax.tree.get_all_with_path(state, "mu")[0][1:]
     assert np.linalg.norm(mu["w"]) == pytest.approx(0.1 * unit, rel=1e-5)

@@ -218,11 +218,10 @@ def test_the_remedy_for_an_old_key_is_named_and_works() -> None:
         ValueError, match=r"key is uint32 of shape \(2,\): .* \(of jax.random.key, or of"
     ):
         losses.dsm(score, VP, X, T, OLD)
-    with pytest.raises(ValueError, match="key .*jax.random.wrap_key_data"):
-        jax.jit(lambda key: losses.dsm(score, VP, X, T, key))(OLD)
-    with pytest.raises(ValueError, match="key .*jax.random.wrap_key_data"):
-        jax.vmap(lambda key: losses.dsm(score, VP, X, T, key))(jax.random.split(OLD, 2))
-    found = losses.dsm(score, VP, X, T, jax.random.wrap_key_data(OLD))
-    assert found == losses.dsm(score, VP, X, T, KEY)
-    each = jax.vmap(lambda key: losses.dsm(score, VP, X, T, key))(KEYS)
-    np.testing.assert_allclose(each[0], losses.dsm(score, VP, X, T, KEYS[0]), rtol=1e-6)
+    dsm = jax.jit(lambda key: losses.dsm(score, VP, X, T, key))
+    for function, old in ((dsm, OLD), (jax.vmap(dsm), np.stack([OLD, OLD]))):
+        with pytest.raises(ValueError, match="key .*jax.random.wrap_key_data"):
+            function(old)
+    np.testing.assert_array_equal(dsm(jax.random.wrap_key_data(OLD)), dsm(KEY))
+    each = jax.vmap(dsm)(KEYS)
+    np.testing.assert_allclose(each, [dsm(key) for key in KEYS], rtol=1e-6)

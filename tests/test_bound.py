@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES
+from families import FAMILIES, FAMILIES_VE_SLOW, coefficients
 from scipy import fft, integrate
 from scipy.stats import norm
 
@@ -34,20 +34,10 @@ def x_points(data):
     return mean[None] + points * np.sqrt(eigenvalues)[None] @ basis.T
 
 
-# Averages over many draws see an SDE only through its coefficients.
-FEW = ["vp", "rectified_flow", pytest.param("ve", marks=pytest.mark.slow)]
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request):
     sde = SDES[request.param]()
     return sde, oracle.gaussian(sde)
-
-
-@jax.jit
-def coefficients(sde, t):
-    """alpha, sigma and the log-SNR."""
-    return sde.mean_coef(t), sde.std(t), sde.log_snr(t)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -138,14 +128,14 @@ def test_a_coefficient_at_each_noise_level_leaves_the_expectation(case):
     np.testing.assert_allclose(steps, 2 * each[::60].sum(), rtol=1e-10)
 
 
-@pytest.mark.parametrize("case", FEW, indirect=True)
+@pytest.mark.parametrize("case", FAMILIES_VE_SLOW, indirect=True)
 def test_the_control_of_the_true_gaussian_leaves_no_variance(case):
     sde, data = case
     x, values = draws(data, reduction=Reduction(control_of(data)))
     np.testing.assert_allclose(values, integral(control_of(data), sde, x), rtol=1e-10)
 
 
-@pytest.mark.parametrize("case", FEW, indirect=True)
+@pytest.mark.parametrize("case", FAMILIES_VE_SLOW, indirect=True)
 def test_plain_draws_average_to_the_integral(case):
     sde, data = case
     x, values = draws(data)
@@ -157,7 +147,7 @@ def wrong_control_of(data):
     return bound.GaussianControl(np.asarray(data.mean) + 0.1, np.full(data.mean.size, 0.3), None)
 
 
-@pytest.mark.parametrize("case", FEW, indirect=True)
+@pytest.mark.parametrize("case", FAMILIES_VE_SLOW, indirect=True)
 def test_times_uniform_in_t_do_not_bias(case):
     """With the control of another Gaussian. Without one, the noise would hide a bias of a half."""
     sde, data = case
@@ -166,7 +156,7 @@ def test_times_uniform_in_t_do_not_bias(case):
     assert abs(values.mean() - expected) < 4 * values.std() / np.sqrt(len(values))
 
 
-@pytest.mark.parametrize("case", FEW, indirect=True)
+@pytest.mark.parametrize("case", FAMILIES_VE_SLOW, indirect=True)
 def test_a_wrong_control_does_not_bias(case):
     sde, data = case
     x, values = draws(data, reduction=Reduction(wrong_control_of(data)))
@@ -194,7 +184,7 @@ def test_both_forms_have_one_expectation_over_data(case, probes):
         np.testing.assert_allclose(*both(np.array(t)), rtol=1e-8)
 
 
-@pytest.mark.parametrize("case", FEW, indirect=True)
+@pytest.mark.parametrize("case", FAMILIES_VE_SLOW, indirect=True)
 def test_a_density_of_times_does_not_bias(case):
     """With a very uneven density, the mean is still the integral in closed form.
 

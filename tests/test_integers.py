@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import coefficients
 from scipy import integrate, special, stats
 
 from sbml import discrete, integers, likelihood
@@ -26,12 +27,6 @@ decoder = jax.jit(jax.value_and_grad(integers.decoder_nats, (0, 1)), static_argn
 def between(a, b):
     """The mass and the mean, and their slopes."""
     return integers._between(a, b), jax.jacfwd(integers._between, (0, 1))(a, b)
-
-
-@jax.jit
-def coefficients(sde, t):
-    """alpha, sigma and the log-SNR."""
-    return sde.mean_coef(t), sde.std(t), sde.log_snr(t)
 
 
 def prior_of(out, y, rho, levels):

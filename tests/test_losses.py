@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
+from families import FAMILIES_VE_SLOW
 
 from sbml import bound, discrete, likelihood, losses, samplers, times
 from sbml.audit import oracle
@@ -29,9 +30,7 @@ class OnlyBatches:
 
 
 # The losses see an SDE only through its coefficients.
-@pytest.fixture(
-    params=["vp", "rectified_flow", pytest.param("ve", marks=pytest.mark.slow)], name="sde"
-)
+@pytest.fixture(params=FAMILIES_VE_SLOW, name="sde")
 def _sde(request: pytest.FixtureRequest) -> SDE:
     return SDES[request.param]()
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.interpolate
 import scipy.special
-from families import FAMILIES
+from families import EVERY_SDE
 
 import sbml
 from sbml import bound, discrete, likelihood, losses, ode, times
@@ -45,10 +45,7 @@ def coefficients(sde: SDE, t: Array) -> dict[str, Array]:
     return {name: getattr(sde, name)(t) for name in (*DERIVED, "mean_coef", "std")}
 
 
-@pytest.fixture(
-    params=[n if n in FAMILIES else pytest.param(n, marks=pytest.mark.slow) for n in SDES],
-    name="sde",
-)
+@pytest.fixture(params=EVERY_SDE, name="sde")
 def _sde(request: pytest.FixtureRequest) -> SDE:
     return SDES[request.param]()
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES
+from families import FAMILIES, coefficients
 
 from sbml import bound, integers, likelihood, losses, ode, samplers, times
 from sbml.audit import oracle
@@ -471,12 +471,6 @@ PARAMS = {"w": np.array(0.7), "b": np.array(0.01)}
 @pytest.fixture(params=FAMILIES, name="sde")
 def _sde(request: pytest.FixtureRequest) -> SDE:
     return SDES[request.param]()
-
-
-@jax.jit
-def coefficients(sde: SDE, t: Array) -> tuple[Array, Array, Array]:
-    """alpha, sigma and the log-SNR."""
-    return sde.mean_coef(t), sde.std(t), sde.log_snr(t)
 
 
 def by_hand(sde: SDE, parameterization: str, label: str) -> np.ndarray:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+from families import FAMILIES_VE_SLOW
 
 from sbml import losses, second_order
 from sbml.audit.oracle import coefficients
@@ -30,9 +31,7 @@ VARIANCE = 0.6  # of one-dimensional data
 
 
 # The losses see an SDE only through its coefficients.
-@pytest.fixture(
-    params=["vp", "rectified_flow", pytest.param("ve", marks=pytest.mark.slow)], name="sde"
-)
+@pytest.fixture(params=FAMILIES_VE_SLOW, name="sde")
 def _sde(request: pytest.FixtureRequest) -> SDE:
     return SDES[request.param]()
 

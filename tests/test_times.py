@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.stats
-from families import FAMILIES
+from families import EVERY_SDE, FAMILIES
 
 from sbml.sdes import SDE, SDES
 from sbml.times import (
@@ -32,10 +32,7 @@ EPS = 1e-5
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(400)
 
 
-@pytest.fixture(
-    params=[n if n in FAMILIES else pytest.param(n, marks=pytest.mark.slow) for n in SDES],
-    name="sde",
-)
+@pytest.fixture(params=EVERY_SDE, name="sde")
 def _sde(request: pytest.FixtureRequest) -> SDE:
     return SDES[request.param]()
 

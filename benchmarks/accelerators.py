@@ -43,15 +43,15 @@ import jax.numpy as jnp
 from absl import app, flags
 from jax.sharding import Mesh
 
-from sbml.bound import FULL_DIMS, GaussianControl, Reduction
-from sbml.estimators import Cell
-from sbml.estimators.base import Rows, Target, rows
-from sbml.evaluation import cells, samples
-from sbml.experiment import config, objective
-from sbml.experiment.build import Experiment
-from sbml.platform import compiling_for
-from sbml.runtime import sharding
-from sbml.runtime.state import TrainState
+from sbml.core.platform import compiling_for
+from sbml.density.estimators import Cell
+from sbml.density.estimators.base import Rows, Target, rows
+from sbml.likelihood.bound import FULL_DIMS, GaussianControl, Reduction
+from sbml.program.config import config, objective
+from sbml.program.config.build import Experiment
+from sbml.program.evaluation import cells, samples
+from sbml.program.runtime import sharding
+from sbml.program.runtime.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,13 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import bits, bound, data, times
-from sbml.evaluation.inputs import Inputs
-from sbml.experiment import build
-from sbml.experiment.trained import Trained
-from sbml.runtime import cpu
-from sbml.runtime.workdir import Workdir
-from sbml.types import Array, Key, Score
+from sbml import data
+from sbml.core import bits
+from sbml.core.types import Array, Key, Score
+from sbml.likelihood import bound
+from sbml.program.config import build
+from sbml.program.config.trained import Trained
+from sbml.program.evaluation.inputs import Inputs
+from sbml.program.runtime import cpu
+from sbml.program.runtime.workdir import Workdir
+from sbml.sdes import times
 
 # name: (times, proposal, control variate, density)
 WAYS = {

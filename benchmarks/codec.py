@@ -24,13 +24,13 @@ from PIL import Image
 
 from sbml.codec import bits_back, file
 from sbml.codec.bits_back import Lanes
-from sbml.evaluation import coding
-from sbml.evaluation.inputs import Inputs
-from sbml.experiment import config as configs
-from sbml.experiment.build import Experiment
-from sbml.experiment.compatibility import of_workdir
-from sbml.experiment.trained import Trained
-from sbml.runtime.workdir import Workdir
+from sbml.program.config import config as configs
+from sbml.program.config.build import Experiment
+from sbml.program.config.compatibility import of_workdir
+from sbml.program.config.trained import Trained
+from sbml.program.evaluation import coding
+from sbml.program.evaluation.inputs import Inputs
+from sbml.program.runtime.workdir import Workdir
 
 SPENT: dict[str, float] = defaultdict(float)
 

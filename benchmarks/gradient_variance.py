@@ -45,11 +45,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from sbml import bits, losses, times
-from sbml.experiment.build import Experiment
-from sbml.experiment.config import default
-from sbml.runtime import cpu
-from sbml.types import Array, Key, batch_score
+from sbml import losses
+from sbml.core import bits
+from sbml.core.types import Array, Key, batch_score
+from sbml.program.config.build import Experiment
+from sbml.program.config.config import default
+from sbml.program.runtime import cpu
+from sbml.sdes import times
 
 BATCH, BINS = 64, 32
 

@@ -29,12 +29,15 @@ import numpy as np
 from etils import epath
 from scipy import integrate
 
-from sbml import bits, data, divergence, likelihood, sdes
-from sbml.experiment import build
-from sbml.ode import Solver, velocity
-from sbml.quadrature import ONCE, PER_STEP
-from sbml.runtime import cpu
-from sbml.types import Score
+from sbml import data, likelihood, sdes
+from sbml.core import bits
+from sbml.core.types import Score
+from sbml.likelihood.ode import Solver, velocity
+from sbml.likelihood.quadrature import ONCE, PER_STEP
+from sbml.program.config import build
+from sbml.program.runtime import cpu
+from sbml.score import divergence
+from sbml.score.divergence import Trace
 
 
 def _solver(tolerance: float, **fields: Any) -> Solver:
@@ -137,7 +140,7 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
     return result, min(seconds)
 
 
-def ours(problem: Problem, solver: Solver, trace: likelihood.Trace) -> tuple[np.ndarray, Cost]:
+def ours(problem: Problem, solver: Solver, trace: Trace) -> tuple[np.ndarray, Cost]:
     """-log p (n,) in nats by this package's solver, and its cost."""
 
     @jax.jit
@@ -156,7 +159,7 @@ def ours(problem: Problem, solver: Solver, trace: likelihood.Trace) -> tuple[np.
 
 
 def rk45(
-    problem: Problem, tolerance: float, backwards: bool, trace: likelihood.Trace
+    problem: Problem, tolerance: float, backwards: bool, trace: Trace
 ) -> tuple[np.ndarray, Cost]:
     """-log p (n,) in nats by scipy, and its cost: one solve in t, whose state is a flat vector of
     all images and log-determinants.
@@ -224,7 +227,7 @@ def main() -> None:
         problem = gaussian(args.images)
     else:
         problem = network(args.config, args.workdir, args.images)
-    trace, truth = likelihood.Trace(args.trace, args.probes), problem.truth
+    trace, truth = Trace(args.trace, args.probes), problem.truth
     if truth is None:
         truth, _ = ours(problem, Solver(rtol=1e-6, atol=1e-6), trace)
     print(f"{problem.name}, {len(problem.x)} images, {args.trace} trace, {args.probes} probes")

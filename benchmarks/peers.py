@@ -282,7 +282,7 @@ def densities(arrays: Arrays) -> dict[str, Callable[..., Any]]:
     """For each path, a function from a tolerance and further fields to its ``Density``."""
     from sbml import sdes
     from sbml.density import Density
-    from sbml.ode import Solver
+    from sbml.likelihood.ode import Solver
     from sbml.score import from_prediction
 
     x, problem = jax_problem(arrays)
@@ -305,8 +305,8 @@ def densities(arrays: Arrays) -> dict[str, Callable[..., Any]]:
 def sbml(arrays: Arrays) -> Ways:
     import jax
 
-    from sbml.divergence import Trace
-    from sbml.quadrature import ONCE, PER_STEP
+    from sbml.likelihood.quadrature import ONCE, PER_STEP
+    from sbml.score.divergence import Trace
 
     x = jax_problem(arrays)[0]
     for path, density in densities(arrays).items():

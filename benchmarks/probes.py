@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from ode_settings import network, ours, rk45
 
-from sbml.divergence import Trace
-from sbml.ode import Solver
-from sbml.runtime import cpu
+from sbml.likelihood.ode import Solver
+from sbml.program.runtime import cpu
+from sbml.score.divergence import Trace
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sbml.estimators import Cell
-from sbml.intervals import mean_interval
+from sbml.density.estimators import Cell
+from sbml.statistics.intervals import mean_interval
 
 # The columns of the table, by ``data.dequantization``, because a network knows the density of the
 # data that it was trained on. Only ``levels`` learns a decoder, which the last column needs.

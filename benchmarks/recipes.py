@@ -40,16 +40,16 @@ from ml_collections import ConfigDict
 from recipe_table import CELLS, table
 
 from sbml import data
-from sbml.evaluation import cells
-from sbml.evaluation.inputs import Inputs
-from sbml.experiment import build, compatibility, objective
-from sbml.experiment.config import default, node_of
-from sbml.experiment.fields import unknown
-from sbml.experiment.trained import Trained
-from sbml.modes import train
 from sbml.networks import frequencies
-from sbml.runtime import cpu, sharding
-from sbml.runtime.workdir import Workdir
+from sbml.program.config import build, compatibility, objective
+from sbml.program.config.config import default, node_of
+from sbml.program.config.fields import unknown
+from sbml.program.config.trained import Trained
+from sbml.program.evaluation import cells
+from sbml.program.evaluation.inputs import Inputs
+from sbml.program.modes import train
+from sbml.program.runtime import cpu, sharding
+from sbml.program.runtime.workdir import Workdir
 from sbml.score import PARAMETERIZATIONS
 
 

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import sbml
-from sbml.bits import LOG2
-from sbml.ode import Solver
+from sbml.core.bits import LOG2
+from sbml.core.types import Array
+from sbml.likelihood.ode import Solver
 from sbml.samplers import DDIM, ODE, Chain, Midpoint
-from sbml.types import Array
 
 SAMPLES = 1000  # of a mixture
 OF_MODEL, TIMED = 64, 16  # of the model of a run, which takes longer

@@ -16,7 +16,7 @@ import sys
 
 import numpy as np
 
-from sbml import intervals
+from sbml.statistics import intervals
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -29,14 +29,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbml import losses
-from sbml.experiment import build, objective
-from sbml.experiment.config import default
+from sbml.core.platform import compiler_options, one_cpu
+from sbml.core.streams import stream
+from sbml.core.types import Array
 from sbml.networks import _layers
-from sbml.platform import compiler_options, one_cpu
-from sbml.runtime import cpu, sharding
-from sbml.runtime.state import Update, make_step
-from sbml.streams import stream
-from sbml.types import Array
+from sbml.program.config import build, objective
+from sbml.program.config.config import default
+from sbml.program.runtime import cpu, sharding
+from sbml.program.runtime.state import Update, make_step
 
 Loss = Callable[[Any, Any, Any], Array]  # of the parameters, the draws and the frozen arrays
 

@@ -38,8 +38,8 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from sbml.experiment.config import default
 from sbml.networks import frequencies
+from sbml.program.config.config import default
 
 # About the standard deviation of images in [-1, 1]. At small noise, the network of an integer
 # denoiser sees x / DATA_STD.

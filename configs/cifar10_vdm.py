@@ -10,8 +10,8 @@ docs/parity.md lists the differences.
 
 from ml_collections import ConfigDict
 
-from sbml.experiment.config import default
 from sbml.networks import frequencies
+from sbml.program.config.config import default
 
 
 def get_config() -> ConfigDict:

@@ -13,7 +13,7 @@ categorical are loose bounds. For tight ones, train with --config.data.dequantiz
 
 from ml_collections import ConfigDict
 
-from sbml.experiment.config import default, small_dequantizer
+from sbml.program.config.config import default, small_dequantizer
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,7 @@ images, 95% interval [1.710, 1.758]. docs/benchmarks/recipes.md compares this re
 
 from ml_collections import ConfigDict
 
-from sbml.experiment.config import default, small_dequantizer
+from sbml.program.config.config import default, small_dequantizer
 
 
 def get_config() -> ConfigDict:

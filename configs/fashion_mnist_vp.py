@@ -12,7 +12,7 @@ Without a download, it reads the files of Debian's package dataset-fashion-mnist
 
 from ml_collections import ConfigDict
 
-from sbml.experiment.config import default, small_dequantizer
+from sbml.program.config.config import default, small_dequantizer
 
 
 def get_config() -> ConfigDict:

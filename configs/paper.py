@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from sbml.experiment.config import default
+from sbml.program.config.config import default
 
 
 def _imagenet32(config: ConfigDict) -> None:

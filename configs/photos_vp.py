@@ -10,7 +10,7 @@ and evaluated 64 test crops in ten minutes. By the ODE it reaches 3.883 bits/dim
 
 from ml_collections import ConfigDict
 
-from sbml.experiment.config import default, small_dequantizer
+from sbml.program.config.config import default, small_dequantizer
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ cancer, three tables of scikit-learn.
 
 from ml_collections import ConfigDict
 
-from sbml.experiment.config import default
+from sbml.program.config.config import default
 
 
 def get_config() -> ConfigDict:

@@ -19,17 +19,17 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from experiments import figures
-from sbml import distances
 from sbml.data import spread
-from sbml.evaluation import samples
-from sbml.experiment import compatibility
-from sbml.experiment.build import Experiment
-from sbml.experiment.config import Config, load
-from sbml.experiment.sampling import Solving
-from sbml.modes import quality
-from sbml.report.pictures import write_png
-from sbml.runtime.checkpoint import Restored
-from sbml.runtime.workdir import Workdir
+from sbml.program.config import compatibility
+from sbml.program.config.build import Experiment
+from sbml.program.config.config import Config, load
+from sbml.program.config.sampling import Solving
+from sbml.program.evaluation import samples
+from sbml.program.modes import quality
+from sbml.program.report.pictures import write_png
+from sbml.program.runtime.checkpoint import Restored
+from sbml.program.runtime.workdir import Workdir
+from sbml.statistics import distances
 
 SAMPLERS = {
     "euler_maruyama": {},

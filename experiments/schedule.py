@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import figures
-from sbml import losses, sdes, times
+from sbml import losses, sdes
+from sbml.sdes import times
 
 NAMES = {"vp": "VP", "subvp": "sub-VP", "ve": "VE", "linear_ve": "linear VE"}
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sbml.data import imagenet32
-from sbml.report.result import Result
+from sbml.program.report.result import Result
 
 COLUMNS = {
     "NLL uniform": ("ode", "uniform"),

@@ -23,12 +23,15 @@ import numpy as np
 import optax
 
 from experiments import figures
-from sbml import bound, likelihood, losses, sdes, times
+from sbml import likelihood, losses, sdes
 from sbml.audit import oracle
+from sbml.core.progress import over
+from sbml.core.types import Array, Key
+from sbml.likelihood import bound
 from sbml.networks import mlp
-from sbml.progress import over
 from sbml.score import Adapter
-from sbml.types import Array, Key
+from sbml.score.divergence import Trace
+from sbml.sdes import times
 
 SDE, EPS = sdes.VP(), 1e-4
 CENTRES = 0.9 * np.array([[np.cos(a), np.sin(a)] for a in 2 * np.pi * np.arange(5) / 5])
@@ -68,7 +71,7 @@ class Row(NamedTuple):
 @jax.jit
 def exact_logp(params: Any, x: Array) -> Array:
     """log p ``(n,)`` of the model at ``x (n, 2)`` by the ODE, in nats."""
-    score, trace = ADAPTER(params), likelihood.Trace("exact")
+    score, trace = ADAPTER(params), Trace("exact")
     return jax.vmap(lambda x: likelihood.ode_logp(score, SDE, x, None, eps=EPS, trace=trace).logp)(
         x
     )

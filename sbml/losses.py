@@ -25,11 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
 
-from sbml.door import checked, condition, typed
-from sbml.scalars import nonempty, one_of
-from sbml.sdes import Kernel
-from sbml.streams import stream
-from sbml.types import (
+from sbml.core.door import checked, condition, typed
+from sbml.core.scalars import nonempty, one_of
+from sbml.core.streams import stream
+from sbml.core.types import (
     AnyArray,
     Batch,
     Elementwise,
@@ -45,6 +44,7 @@ from sbml.types import (
     batch_score,
     of_shape,
 )
+from sbml.sdes import Kernel
 
 Signs = Annotated[
     Num[AnyArray, " n"],

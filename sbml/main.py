@@ -41,18 +41,18 @@ from absl.flags.argparse_flags import ArgumentParser
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from sbml import compiler, registry
-from sbml.experiment import config as configs
-from sbml.experiment import reference, renamed
-from sbml.experiment.config import Config
-from sbml.experiment.fields import errors_of
-from sbml.experiment.training import Training
-from sbml.modes import GIVEN, MODES, OF_CONFIG, Mode, parameters_of
-from sbml.modes import overview as modes_in_words
-from sbml.registry import hint
-from sbml.runtime import cpu, peers, refusals
-from sbml.runtime.workdir import Workdir
-from sbml.scalars import notation
+from sbml.core import compiler, registry
+from sbml.core.registry import hint
+from sbml.core.scalars import notation
+from sbml.program.config import config as configs
+from sbml.program.config import reference, renamed
+from sbml.program.config.config import Config
+from sbml.program.config.fields import errors_of
+from sbml.program.config.training import Training
+from sbml.program.modes import GIVEN, MODES, OF_CONFIG, Mode, parameters_of
+from sbml.program.modes import overview as modes_in_words
+from sbml.program.runtime import cpu, peers, refusals
+from sbml.program.runtime.workdir import Workdir
 
 
 def _names(text: str) -> list[str]:
@@ -235,8 +235,8 @@ def _run(options: Namespace, own: ConfigDict | None) -> None:
         raise app.UsageError(f"give {model}; without either, --mode=verify; see --help")
     chosen = {name: MODES[name] for name in names}
     check_flags(chosen, options)
-    from sbml.modes._runner import Command  # here, because --help does not need them
-    from sbml.runtime import sharding
+    from sbml.program.modes._runner import Command  # here, because --help does not need them
+    from sbml.program.runtime import sharding
 
     needing = [name for name in chosen if parameters_of(chosen[name]) & OF_CONFIG]
     if not needing:

@@ -41,14 +41,11 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from sbml import divergence, losses
-from sbml.divergence import Probes
-from sbml.door import checked
-from sbml.losses import Signs, Weighting
-from sbml.scalars import Count, nonempty
-from sbml.sdes import Kernel
-from sbml.streams import stream
-from sbml.types import (
+from sbml import losses
+from sbml.core.door import checked
+from sbml.core.scalars import Count, nonempty
+from sbml.core.streams import stream
+from sbml.core.types import (
     Batch,
     Example,
     Key,
@@ -61,6 +58,10 @@ from sbml.types import (
     batch_score,
     of_shape,
 )
+from sbml.losses import Signs, Weighting
+from sbml.score import divergence
+from sbml.score.divergence import Probes
+from sbml.sdes import Kernel
 
 
 @checked

@@ -2,11 +2,11 @@
 
 import tiny
 
-from sbml.estimators import Cell
-from sbml.evaluation import cells
-from sbml.evaluation.inputs import Inputs
-from sbml.experiment import build
-from sbml.runtime.workdir import Workdir
+from sbml.density.estimators import Cell
+from sbml.program.config import build
+from sbml.program.evaluation import cells
+from sbml.program.evaluation.inputs import Inputs
+from sbml.program.runtime.workdir import Workdir
 
 ODE, BOUND = Cell("ode", "uniform"), Cell("bound", "uniform")
 

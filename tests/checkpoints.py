@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sbml.runtime.checkpoint import Checkpoints, Restored
+from sbml.program.runtime.checkpoint import Checkpoints, Restored
 
 
 class State(NamedTuple):

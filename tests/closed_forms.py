@@ -29,13 +29,15 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import integrate, special, stats
 
-from sbml import bound, divergence, losses, ode, times
+from sbml import losses
 from sbml.audit import oracle
 from sbml.audit.oracle import coefficients
 from sbml.audit.table import EPS, Row, row
-from sbml.likelihood import Likelihood, Trace, ode_logp
-from sbml.sdes import SDE
-from sbml.types import Array, Key, Score
+from sbml.core.types import Array, Key, Score
+from sbml.likelihood import Likelihood, bound, ode, ode_logp
+from sbml.score import divergence
+from sbml.score.divergence import Trace
+from sbml.sdes import SDE, times
 
 # Every function here runs once, so most of the time is compilation: compile without optimization.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

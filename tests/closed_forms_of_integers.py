@@ -26,13 +26,15 @@ import numpy as np
 from closed_forms import jit
 from scipy import integrate, special, stats
 
-from sbml import bits, bound, discrete, integers, times
 from sbml.audit import oracle
 from sbml.audit.oracle import coefficients
 from sbml.audit.table import EPS, Row, row
+from sbml.core import bits
+from sbml.core.types import Array, Key
 from sbml.dequantizers import DEQUANTIZERS, has_density
-from sbml.sdes import SDE, SDES
-from sbml.types import Array, Key
+from sbml.likelihood import bound, discrete
+from sbml.score import integers
+from sbml.sdes import SDE, SDES, times
 
 
 def bounding(name: str, sde: str, got: float, truth: float, looser: float, tolerance: float) -> Row:

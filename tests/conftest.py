@@ -16,7 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # for each other on processors that are busy with other tests. NumPy reads this when it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from sbml import compiler
+from sbml.core import compiler
 
 # Most of the suite's time is compilation of small functions. So they are compiled with less
 # optimization, and by XLA's older way of emitting fusions, which takes half as long at that level.
@@ -69,7 +69,7 @@ def steps_compile_fast() -> Iterator[None]:
 
     Programs that the tests start in processes of their own use these options.
     """
-    from sbml.runtime import sharding
+    from sbml.program.runtime import sharding
 
     options = sharding.compiler_options
     with pytest.MonkeyPatch.context() as patch:
@@ -97,7 +97,7 @@ def digits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import runs
     import tiny
 
-    from sbml.modes import train
+    from sbml.program.modes import train
 
     base = tmp_path_factory.getbasetemp()
     workdir = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "digits_model"

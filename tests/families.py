@@ -8,8 +8,8 @@ one sampler for every SDE by ``test_samplers``.
 import jax
 import pytest
 
+from sbml.core.types import Array
 from sbml.sdes import SDE, SDES
-from sbml.types import Array
 
 # In VE the signal is constant and the noise grows; in VP the signal decays; in the rectified flow
 # it is 0 at T.

@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 
-from sbml.bound import Reduction
-from sbml.estimators import base
-from sbml.estimators.base import Target
-from sbml.measurement import Measurement
-from sbml.ode import Solver
+from sbml.density.estimators import base
+from sbml.density.estimators.base import Target
+from sbml.density.measurement import Measurement
+from sbml.likelihood.bound import Reduction
+from sbml.likelihood.ode import Solver
 from sbml.sdes import VP
 
 

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from sbml import ode, sdes
+from sbml import sdes
+from sbml.likelihood import ode
 
 # A function, its good arguments, and the bad values of some arguments by name. A name such as
 # "vs|directions" is that of an argument, ``vs``, and other words by which an error may call it.

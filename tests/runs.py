@@ -15,18 +15,18 @@ import tempfile
 
 import jax
 
-from sbml.experiment import build, compatibility
-from sbml.experiment.config import Config
-from sbml.modes._runner import Command
-from sbml.report.result import Result
-from sbml.runtime import sharding
-from sbml.runtime.workdir import Workdir
+from sbml.program.config import build, compatibility
+from sbml.program.config.config import Config
+from sbml.program.modes._runner import Command
+from sbml.program.report.result import Result
+from sbml.program.runtime import sharding
+from sbml.program.runtime.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 FRESH = multiprocessing.get_context("forkserver")
 # What the program imports, except sbml.main: it defines the flags, so it runs once in a process.
 FRESH.set_forkserver_preload(
-    [*(f"sbml.modes.{mode}" for mode in ("train", "eval", "sample")), "sklearn.datasets"]
+    [*(f"sbml.program.modes.{mode}" for mode in ("train", "eval", "sample")), "sklearn.datasets"]
 )
 
 

@@ -10,15 +10,29 @@ from typing import Any
 
 from beartype import BeartypeConf, beartype
 
-CHECKED = tuple(
-    f"sbml.{name}"
-    for name in (
-        *("types", "sdes", "times", "losses", "divergence", "quadrature", "ode", "likelihood"),
-        *("bits", "distances", "intervals", "score", "posterior", "integers"),
-        *("density", "estimate", "bound", "discrete", "samplers", "estimators", "second_order"),
-        *("streams", "dequantizers.uniform", "dequantizers.truncated_normal"),
-        *("dequantizers.base", "dequantizers.decoders", "dequantizers.variational"),
-    )
+CHECKED = (
+    "sbml.core.bits",
+    "sbml.core.streams",
+    "sbml.core.types",
+    "sbml.density.density",
+    "sbml.density.estimate",
+    "sbml.density.estimators",
+    "sbml.density.posterior",
+    "sbml.dequantizers.base",
+    "sbml.dequantizers.decoders",
+    "sbml.dequantizers.truncated_normal",
+    "sbml.dequantizers.uniform",
+    "sbml.dequantizers.variational",
+    "sbml.likelihood",
+    "sbml.losses",
+    "sbml.samplers",
+    "sbml.score.divergence",
+    "sbml.score.integers",
+    "sbml.score.prediction",
+    "sbml.sdes",
+    "sbml.second_order",
+    "sbml.statistics.distances",
+    "sbml.statistics.intervals",
 )
 
 _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # An int is a float, as for mypy.

@@ -9,11 +9,11 @@ from linen import normal, random_params, shapes
 from ml_collections import ConfigDict
 
 from benchmarks import accelerators
-from sbml.experiment.build import Experiment
-from sbml.experiment.config import default
+from sbml.core.platform import compiling_for, platform
 from sbml.networks import _layers, ncsnpp
-from sbml.platform import compiling_for, platform
-from sbml.runtime import sharding
+from sbml.program.config.build import Experiment
+from sbml.program.config.config import default
+from sbml.program.runtime import sharding
 
 
 def config() -> ConfigDict:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from sbml import intervals
 from sbml.audit import Estimator, Numbers, audit, mistakes, ours, worlds
 from sbml.audit.suite import CHECKS, FAIL, UNCLEAR, WORLDS, Report
 from sbml.sdes import SDES
+from sbml.statistics import intervals
 
 SDE = SDES["vp"]()
 RNG = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sbml import bits
+from sbml.core import bits
 
 LEVELS = (2, 17, 256)
 

@@ -11,12 +11,13 @@ from families import FAMILIES, FAMILIES_VE_SLOW, coefficients
 from scipy import fft, integrate
 from scipy.stats import norm
 
-from sbml import bound, likelihood, samplers, times
+from sbml import likelihood, samplers
 from sbml.audit import oracle
-from sbml.bound import Reduction
-from sbml.divergence import Trace
-from sbml.sdes import SDES
-from sbml.streams import stream
+from sbml.core.streams import stream
+from sbml.likelihood import bound
+from sbml.likelihood.bound import Reduction
+from sbml.score.divergence import Trace
+from sbml.sdes import SDES, times
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.oracle]
 EPS = 1e-5

@@ -12,14 +12,14 @@ import pytest
 import runs
 import tiny
 
-from sbml import times
-from sbml.divergence import Trace
-from sbml.experiment import build
-from sbml.experiment.compatibility import unseen_times
-from sbml.experiment.config import node_of
 from sbml.main import run_name
-from sbml.modes import MODES
+from sbml.program.config import build
+from sbml.program.config.compatibility import unseen_times
+from sbml.program.config.config import node_of
+from sbml.program.modes import MODES
 from sbml.score import LABELS
+from sbml.score.divergence import Trace
+from sbml.sdes import times
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
 

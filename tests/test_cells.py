@@ -10,14 +10,15 @@ from cell_runs import BOUND, ODE, cell_run, numbers
 from made_up import MadeUp
 from scipy import stats
 
-from sbml import estimate, score
-from sbml.estimators import Cell
-from sbml.evaluation import cells
-from sbml.experiment import build
-from sbml.intervals import half_width, repeated_stderr
-from sbml.ode import Solver
-from sbml.progress import Bar
-from sbml.scalars import notation
+from sbml import score
+from sbml.core.progress import Bar
+from sbml.core.scalars import notation
+from sbml.density import estimate
+from sbml.density.estimators import Cell
+from sbml.likelihood.ode import Solver
+from sbml.program.config import build
+from sbml.program.evaluation import cells
+from sbml.statistics.intervals import half_width, repeated_stderr
 
 
 @pytest.fixture(scope="module")

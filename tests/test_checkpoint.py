@@ -29,8 +29,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from runs import FRESH
 
-from sbml.runtime import checkpoint
-from sbml.runtime.checkpoint import Checkpoints, UnsavedCheckpointError
+from sbml.program.runtime import checkpoint
+from sbml.program.runtime.checkpoint import Checkpoints, UnsavedCheckpointError
 
 # When one read of a broken checkpoint fails, orbax drops the others, and their errors are lost.
 pytestmark = pytest.mark.filterwarnings(*BROKEN_READS)

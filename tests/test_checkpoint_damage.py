@@ -22,7 +22,7 @@ from checkpoints import (
 )
 from orbax.checkpoint import v1 as ocp
 
-from sbml.runtime.checkpoint import Checkpoints, DamagedCheckpointError, OtherModelError
+from sbml.program.runtime.checkpoint import Checkpoints, DamagedCheckpointError, OtherModelError
 
 # When one read of a damaged checkpoint fails, Orbax drops the others, and nobody retrieves their
 # errors.

@@ -15,17 +15,17 @@ from scipy import special
 
 import sbml
 from sbml import data, losses
+from sbml.core.types import Array, Key
 from sbml.data import Options
 from sbml.density import Density
-from sbml.evaluation import classifier, samples
-from sbml.experiment import build, objective
-from sbml.modes import eval as evaluate
-from sbml.modes import latents, sample, train, train_dequantizer
+from sbml.density.posterior import Posterior
 from sbml.networks import NETWORKS
-from sbml.posterior import Posterior
-from sbml.runtime.workdir import EVALUATION, Workdir
+from sbml.program.config import build, objective
+from sbml.program.evaluation import classifier, samples
+from sbml.program.modes import eval as evaluate
+from sbml.program.modes import latents, sample, train, train_dequantizer
+from sbml.program.runtime.workdir import EVALUATION, Workdir
 from sbml.samplers import DDIM
-from sbml.types import Array, Key
 
 VP = sbml.VP()
 

@@ -14,10 +14,10 @@ import pytest
 from scipy import stats
 
 import sbml
-from sbml import bound, discrete
 from sbml.codec import Chain, Codec, CodedFileError, bits_back, chain, compress, decompress, file
 from sbml.codec import stack as stacks
 from sbml.codec.file import DamagedStacksError
+from sbml.likelihood import bound, discrete
 from sbml.sdes import VP
 
 LEVELS, SHAPE = 16, (2, 3, 1)

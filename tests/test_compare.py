@@ -9,13 +9,13 @@ import pytest
 import runs
 from scipy import stats
 
-from sbml.modes import compare
-from sbml.report import comparison
-from sbml.report.comparison import Run
-from sbml.report.result import Result, strict
-from sbml.runtime.files import json_line
-from sbml.runtime.trees import table_crc32, tree_crc32
-from sbml.runtime.workdir import EVALUATION, PER_IMAGE, QUALITY, SAMPLES, Workdir
+from sbml.core.files import json_line
+from sbml.program.modes import compare
+from sbml.program.report import comparison
+from sbml.program.report.comparison import Run
+from sbml.program.report.result import Result, strict
+from sbml.program.runtime.trees import table_crc32, tree_crc32
+from sbml.program.runtime.workdir import EVALUATION, PER_IMAGE, QUALITY, SAMPLES, Workdir
 
 IMAGES = {"name": "digits", "split": "test", "count": 50, "shape": [2, 2, 1], "levels": 17}
 TRAINING = {"training": {"batch_size": 16}}

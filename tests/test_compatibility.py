@@ -7,14 +7,14 @@ import pytest
 import runs
 import tiny
 
-from sbml.experiment import build, compatibility
-from sbml.experiment.compatibility import (
+from sbml.program.config import build, compatibility
+from sbml.program.config.compatibility import (
     changed_settings,
     check_score,
     check_training,
     unseen_times,
 )
-from sbml.modes import eval as evaluate
+from sbml.program.modes import eval as evaluate
 from sbml.sdes import SDES
 
 

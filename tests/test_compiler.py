@@ -10,7 +10,7 @@ import sys
 import pytest
 import runs
 
-from sbml import compiler
+from sbml.core import compiler
 
 BROKEN = f"--{compiler.FLAG}=+reduce"  # YNNPACK for reductions, the default of some versions
 

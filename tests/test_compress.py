@@ -15,13 +15,13 @@ from PIL import ExifTags, Image
 
 from sbml import data
 from sbml.codec import CodedFileError
-from sbml.evaluation import coding
-from sbml.experiment import build
-from sbml.modes import compress, decompress, report, train
-from sbml.report import summary
-from sbml.runtime.files import read_json, read_npz
-from sbml.runtime.preemption import Preemption
-from sbml.runtime.workdir import CODEC, IMAGES, RESTORED, Workdir
+from sbml.core.files import read_json, read_npz
+from sbml.program.config import build
+from sbml.program.evaluation import coding
+from sbml.program.modes import compress, decompress, report, train
+from sbml.program.report import summary
+from sbml.program.runtime.preemption import Preemption
+from sbml.program.runtime.workdir import CODEC, IMAGES, RESTORED, Workdir
 
 
 def config(**codec: int):

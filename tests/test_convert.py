@@ -17,15 +17,15 @@ from checkpoints import restore
 from flax import serialization
 from ml_collections import ConfigDict
 
-from sbml.convert import _ncsnpp_options, score_flow
-from sbml.convert._ncsnpp_options import read_options
 from sbml.dequantizers import variational
-from sbml.experiment import build, compatibility
-from sbml.experiment.config import default
-from sbml.experiment.score import Network
-from sbml.modes import convert
 from sbml.networks import ncsnpp
-from sbml.runtime.state import TrainState
+from sbml.program.config import build, compatibility
+from sbml.program.config.config import default
+from sbml.program.config.score import Network
+from sbml.program.convert import _ncsnpp_options, score_flow
+from sbml.program.convert._ncsnpp_options import read_options
+from sbml.program.modes import convert
+from sbml.program.runtime.state import TrainState
 
 SHAPE = (16, 16, 3)
 

@@ -23,13 +23,13 @@ import unet2d_reference as reference
 from safetensors.numpy import save_file
 
 import sbml
+from sbml.core.files import read_npz
 from sbml.dequantizers import uniform
-from sbml.experiment import build
-from sbml.experiment.config import default
-from sbml.modes import convert
-from sbml.modes import eval as evaluate
 from sbml.networks import unet2d
-from sbml.runtime.files import read_npz
+from sbml.program.config import build
+from sbml.program.config.config import default
+from sbml.program.modes import convert
+from sbml.program.modes import eval as evaluate
 from sbml.score import from_prediction
 from sbml.sdes import BetaSchedule
 

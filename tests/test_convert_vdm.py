@@ -17,13 +17,14 @@ from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from sbml import discrete, times
-from sbml.experiment import build
-from sbml.experiment.config import default
-from sbml.modes import convert
-from sbml.modes import eval as evaluate
+from sbml.core.files import read_npz
+from sbml.likelihood import discrete
 from sbml.networks import vdm
-from sbml.runtime.files import read_npz
+from sbml.program.config import build
+from sbml.program.config.config import default
+from sbml.program.modes import convert
+from sbml.program.modes import eval as evaluate
+from sbml.sdes import times
 
 GIVEN = reference.numbers()
 SHAPE = (8, 8, 3)

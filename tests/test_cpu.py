@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 if {settled}:
-    from sbml.runtime import cpu
+    from sbml.program.runtime import cpu
     cpu.settle()
 x = jnp.ones((1024, 16))
 compute = jax.jit(lambda x: jnp.sum(jnp.maximum(jnp.tile(x, (8, 1)) @ jnp.tile(x.T, (1, 4)), 0)))

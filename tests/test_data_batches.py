@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from pictures import numbered
 
-from sbml import data, pytrees
+from sbml import data
+from sbml.core import pytrees
 
 
 def identify(images: data.ImageSet, batch: np.ndarray) -> tuple[list[int], list[bool]]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sbml import data
 from sbml.data import imagenet32
-from sbml.experiment import compatibility
+from sbml.program.config import compatibility
 
 IMAGES = np.stack([pixels(32, 32, seed=i) for i in range(5)])
 

@@ -13,8 +13,8 @@ from test_data import full_name
 from sbml import data
 from sbml.data import _cache
 from sbml.data._examples import held_out, part
-from sbml.experiment import build, compatibility
-from sbml.modes import train
+from sbml.program.config import build, compatibility
+from sbml.program.modes import train
 
 IMAGES = 20
 

@@ -10,17 +10,18 @@ import pytest
 from scipy import stats
 
 import sbml
-from sbml import bound, pytrees, times
-from sbml import density as density_module
 from sbml.audit import oracle
-from sbml.divergence import Trace
-from sbml.estimate import Estimate
-from sbml.estimators import base
-from sbml.ode import Solver
+from sbml.core import pytrees
+from sbml.core.streams import stream
+from sbml.core.types import Array
+from sbml.density import density as density_module
+from sbml.density.estimate import Estimate
+from sbml.density.estimators import base
+from sbml.likelihood import bound
+from sbml.likelihood.ode import Solver
 from sbml.score import NetworkScore, from_prediction
-from sbml.sdes import SDE, SDES, VP, RectifiedFlow, Schedule
-from sbml.streams import stream
-from sbml.types import Array
+from sbml.score.divergence import Trace
+from sbml.sdes import SDE, SDES, VP, RectifiedFlow, Schedule, times
 
 pytestmark = pytest.mark.usefixtures("x64")
 

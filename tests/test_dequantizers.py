@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from sbml import dequantizers, discrete
+from sbml import dequantizers
 from sbml.dequantizers import truncated_normal
+from sbml.likelihood import discrete
 
 pytestmark = pytest.mark.usefixtures("small_designs")
 SHAPE, DRAWS = (2, 2, 1), 4096

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from sbml import bound, discrete, sdes, times
+from sbml import sdes
 from sbml.audit import oracle
+from sbml.likelihood import bound, discrete
+from sbml.sdes import times
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.oracle]
 LEVELS, K, MEAN, VARIANCE, N = 8, 5, 0.1, 0.09, 40_000

@@ -6,8 +6,8 @@ from scipy import linalg
 from scipy.spatial import distance
 from scipy.stats import entropy
 
-from sbml import distances, moments
-from sbml.distances import Moments
+from sbml.statistics import distances, moments
+from sbml.statistics.distances import Moments
 
 RNG = np.random.default_rng(0)
 

@@ -16,14 +16,14 @@ from flax import nnx
 from scipy import stats
 
 import sbml
-from sbml import bound
-from sbml.bound import GaussianControl
-from sbml.divergence import Trace
-from sbml.ode import Solver
-from sbml.posterior import Importance, Posterior
+from sbml.core.types import Array, conditioned
+from sbml.density.posterior import Importance, Posterior
+from sbml.likelihood import bound
+from sbml.likelihood.bound import GaussianControl
+from sbml.likelihood.ode import Solver
 from sbml.score import NetworkScore, from_prediction
+from sbml.score.divergence import Trace
 from sbml.sdes import VP, RectifiedFlow
-from sbml.types import Array, conditioned
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -508,7 +508,7 @@ def test_a_measurement_costs_one_solve_and_one_strict_solve_of_a_part() -> None:
     calls: list[tuple[int, int]] = []
 
     def counted(d: sbml.Density, **how) -> sbml.Estimate:
-        from sbml.measurement import Measurement
+        from sbml.density.measurement import Measurement
 
         calls.clear()
         rows = Measurement.rows

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from sbml import divergence
-from sbml.types import Array, Key
+from sbml.core.types import Array, Key
+from sbml.score import divergence
 
 pytestmark = pytest.mark.usefixtures("x64")
 

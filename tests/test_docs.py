@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sbml import ode
+from sbml.likelihood import ode
 
 ROOT = Path(__file__).parents[1]
 # The folders of all pages that are written by hand. A new page in one of them is tested too.

@@ -11,11 +11,11 @@ import pytest
 from made_up import MadeUp, OneTerm
 from scipy import stats
 
-from sbml import estimate
-from sbml.estimate import Estimate
-from sbml.estimators.base import Target
-from sbml.ode import Solver
-from sbml.report.result import Result
+from sbml.density import estimate
+from sbml.density.estimate import Estimate
+from sbml.density.estimators.base import Target
+from sbml.likelihood.ode import Solver
+from sbml.program.report.result import Result
 from sbml.sdes import VP
 
 N, DEFAULT = 1000, Solver(rtol=2e-4, atol=2e-4)

@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 from scipy import special
 
-from sbml import bits, bound, dequantizers, discrete, estimators, likelihood, times
+from sbml import dequantizers, likelihood
 from sbml.audit import oracle
-from sbml.divergence import Trace
-from sbml.estimators import base, ode
-from sbml.estimators.base import Rows, Target
-from sbml.ode import Solver
-from sbml.sdes import VP
-from sbml.streams import stream
+from sbml.core import bits
+from sbml.core.streams import stream
+from sbml.density import estimators
+from sbml.density.estimators import base, ode
+from sbml.density.estimators.base import Rows, Target
+from sbml.likelihood import bound, discrete
+from sbml.likelihood.ode import Solver
+from sbml.score.divergence import Trace
+from sbml.sdes import VP, times
 
 pytestmark = pytest.mark.usefixtures("x64")
 

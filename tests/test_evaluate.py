@@ -17,18 +17,25 @@ from cell_runs import BOUND, ODE, cell_run, numbers
 from scipy import stats
 
 from experiments import table2
-from sbml import bound
-from sbml.estimators import Cell
-from sbml.evaluation.inputs import Dequantization, check_first_batch
-from sbml.evaluation.table import cautions
-from sbml.experiment import build
-from sbml.modes import eval as evaluate
-from sbml.modes import report as report_mode
-from sbml.report import summary
-from sbml.runtime import history, metrics
-from sbml.runtime.files import read_json, read_npz, write_json, write_npz
-from sbml.runtime.trees import tree_crc32
-from sbml.runtime.workdir import EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES, Workdir
+from sbml.core.files import read_json, read_npz, write_json, write_npz
+from sbml.density.estimators import Cell
+from sbml.likelihood import bound
+from sbml.program.config import build
+from sbml.program.evaluation.inputs import Dequantization, check_first_batch
+from sbml.program.evaluation.table import cautions
+from sbml.program.modes import eval as evaluate
+from sbml.program.modes import report as report_mode
+from sbml.program.report import summary
+from sbml.program.runtime import history, metrics
+from sbml.program.runtime.trees import tree_crc32
+from sbml.program.runtime.workdir import (
+    EVALUATION,
+    NEIGHBOURS,
+    PER_IMAGE,
+    QUALITY,
+    SAMPLES,
+    Workdir,
+)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +269,7 @@ def test_control_and_density_are_stored_with_the_evaluation(trained, tmp_path, m
     assert len(list((tmp_path / "eval").glob("control_*"))) == 1
     assert len(list((tmp_path / "eval").glob("pilot_*"))) == 1
     monkeypatch.setattr(bound.GaussianControl, "fit", None)
-    monkeypatch.setattr("sbml.density.pilot", None)
+    monkeypatch.setattr("sbml.density.density.pilot", None)
     again = cell_run(trained, tmp_path, BOUND)
     densities = (run.measurement.estimator.reduction.density for run in (first, again))
     np.testing.assert_array_equal(*densities)

@@ -10,11 +10,11 @@ import runs
 import tiny
 
 from experiments import samplers, schedule, table2, toy2d
-from sbml.estimate import Estimate
-from sbml.intervals import Interval
+from sbml.density.estimate import Estimate
+from sbml.likelihood.ode import Solver
 from sbml.networks import mlp
-from sbml.ode import Solver
-from sbml.report.result import Result, strict
+from sbml.program.report.result import Result, strict
+from sbml.statistics.intervals import Interval
 
 FEATURES = '    config.eval.quality.features = "digits_classifier"\n'
 

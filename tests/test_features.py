@@ -18,8 +18,8 @@ import pytest
 from inception_weights import random_weights, write_state_dict
 
 from sbml import data
-from sbml.features import EXTRACTORS, digits_classifier, inception
-from sbml.runtime import weights as files
+from sbml.program.features import EXTRACTORS, digits_classifier, inception
+from sbml.program.runtime import weights as files
 
 DATA = Path(__file__).parent / "data"
 with np.load(DATA / "inception.npz") as stored:

@@ -13,11 +13,12 @@ from pictures import pixels
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
+from sbml.core import files
+from sbml.core.files import DamagedFileError
 from sbml.data import _cache
-from sbml.report.pictures import write_png
-from sbml.runtime import files, metrics
-from sbml.runtime.files import DamagedFileError
-from sbml.runtime.workdir import EVALUATION, SAMPLES, TABLE, Workdir
+from sbml.program.report.pictures import write_png
+from sbml.program.runtime import metrics
+from sbml.program.runtime.workdir import EVALUATION, SAMPLES, TABLE, Workdir
 
 ARRAYS = {"id": np.arange(3), "value": np.array([1.5, np.nan, -np.inf]), "name": np.asarray("ä")}
 VALUES = {"a": [1, 0.1, 1e-300], "b": {"c": None, "ä": "NaN"}}
@@ -166,7 +167,7 @@ def test_a_damaged_line_of_metrics_is_left_out_alone(tmp_path, caplog):
 
 FULL_DISK = """
 import resource, signal, sys
-from sbml.runtime import metrics
+from sbml.program.runtime import metrics
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # A file that grows too large is an OSError.
 most, free = 8000, resource.RLIM_INFINITY
 writer = metrics.MetricsWriter(sys.argv[1], 0)

@@ -10,22 +10,22 @@ import tiny
 from flax.errors import FlaxError
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sbml import fingerprint
-from sbml.bound import GaussianControl, Reduction
+from sbml.core import fingerprint
+from sbml.density.estimators import Cell, bound, ode
+from sbml.density.estimators.base import Target
 from sbml.dequantizers import truncated_normal, uniform
-from sbml.divergence import Trace
-from sbml.estimators import Cell, bound, ode
-from sbml.estimators.base import Target
-from sbml.evaluation import samples
-from sbml.evaluation.cells import CellRun
-from sbml.evaluation.inputs import Inputs
-from sbml.experiment import build
-from sbml.experiment.config import Config
-from sbml.experiment.trained import Trained
+from sbml.likelihood.bound import GaussianControl, Reduction
+from sbml.likelihood.ode import Solver
 from sbml.networks import mlp
-from sbml.ode import Solver
-from sbml.runtime.workdir import Workdir
+from sbml.program.config import build
+from sbml.program.config.config import Config
+from sbml.program.config.trained import Trained
+from sbml.program.evaluation import samples
+from sbml.program.evaluation.cells import CellRun
+from sbml.program.evaluation.inputs import Inputs
+from sbml.program.runtime.workdir import Workdir
 from sbml.score import Adapter
+from sbml.score.divergence import Trace
 from sbml.sdes import VE, VP
 
 CONTROL = GaussianControl(np.zeros(2), np.ones(2), None)

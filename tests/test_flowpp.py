@@ -22,11 +22,11 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from scipy import special, stats
 
+from sbml.core.types import Array
 from sbml.dequantizers import _flowpp_flow as flow
 from sbml.dequantizers import _flowpp_layers as layers
 from sbml.dequantizers import _mixture_logistic as mixture_logistic
 from sbml.dequantizers import variational as flowpp
-from sbml.types import Array
 
 FILE = Path(__file__).parent / "data" / "flowpp_small.npz"
 TINY = flowpp.Model(filters=8, components=3, blocks=1, heads=2, levels=17)

@@ -26,7 +26,7 @@ from PIL import Image
 
 from sbml import data
 from sbml.data import imagenet32
-from sbml.runtime import weights
+from sbml.program.runtime import weights
 
 ROUNDS = int(os.environ.get("SBML_FUZZ_ROUNDS", "60"))  # of each kind of damage and file
 DATA = Path(__file__).parent / "data"

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from sbml import Density
-from sbml.ode import Solver
+from sbml.core.types import Array
+from sbml.likelihood.ode import Solver
 from sbml.score import from_prediction
 from sbml.sdes import EDM, VP
-from sbml.types import Array
 
 DIMS, STD = 64, 0.5
 SDE = VP()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sbml.runtime import history, metrics
+from sbml.program.runtime import history, metrics
 
 
 def modes(workdir: Path) -> list[str]:

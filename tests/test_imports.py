@@ -2,9 +2,10 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,32 +20,19 @@ MODULES = {
     if path != ROOT / "__init__.py"
 }
 
-# What each folder may import, in addition to itself and the library. The library is the folder
-# ``sdes`` and the files at the top except ``main``. Each row but the first names folders of rows
-# above it only, so no import goes in a circle. A new folder needs a row here.
-LAYERS: dict[str, set[str]] = {
-    "library": {"networks", "dequantizers", "estimators", "samplers"},
-    **dict.fromkeys(("networks", "dequantizers", "samplers"), set()),
-    "estimators": {"dequantizers"},
-    **dict.fromkeys(("codec", "runtime"), set()),
-    "data": {"runtime"},
-    "features": {"data", "runtime"},
-    "report": {"data", "estimators", "runtime"},
-    "experiment": {"data", "dequantizers", "estimators", "features", "networks", "runtime"}
-    | {"samplers"},
-    "evaluation": {"codec", "data", "dequantizers", "estimators", "experiment", "report"}
-    | {"runtime", "samplers"},
-    "audit": {"codec", "data", "dequantizers", "estimators", "evaluation"},
-    "convert": {"dequantizers", "experiment", "networks", "runtime"},
-    "modes": {"audit", "codec", "convert", "data", "dequantizers", "evaluation", "experiment"}
-    | {"features", "report", "runtime", "samplers"},
-    "main": {"experiment", "modes", "runtime"},
+# The folders and files at the top. The docstring of each folder says what it may import;
+# ``program`` has folders inside, between which there is only the rule of no circle.
+LAYERS = sorted({module.split(".")[0] for module in MODULES} - {"__main__"})
+OF_FILES = {
+    "losses": {"core", "sdes"},
+    "main": {"core", "program"},
+    "second_order": {"core", "losses", "score", "sdes"},
 }
 PURE = (
-    *(module for module in MODULES if module.split(".")[0] == "sdes"),
-    *("types", "times", "divergence", "bits", "ode", "losses", "likelihood"),
-    *("samplers._grid", "samplers.probability_flow"),
-    *("audit.oracle", "quadrature", "scalars", "pytrees", "second_order"),
+    *(module for module in MODULES if module.split(".")[0] in ("sdes", "statistics")),
+    *("core.types", "core.bits", "core.scalars", "core.pytrees", "losses", "score.divergence"),
+    *("likelihood.flow", "likelihood.ode", "likelihood.quadrature"),
+    *("samplers._grid", "samplers.probability_flow", "audit.oracle"),
 )
 NETWORK_LIBRARIES = {"flax", "equinox", "haiku", "optax", "orbax", "grain", "ml_collections"}
 
@@ -63,48 +51,48 @@ def imports(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def layer(module: str) -> str:
-    """The row of ``module``, given without the package's name: its folder, ``main``, or library."""
-    first = module.split(".")[0]
-    own_row = first == "main" or ((ROOT / first).is_dir() and first != "sdes")
-    return first if own_row else "library"
+def allowed(name: str) -> set[str]:
+    """What the layer ``name`` may import: the list after "May import:" in its docstring."""
+    if name in OF_FILES:
+        return OF_FILES[name]
+    text = ast.get_docstring(tree_of(name)) or ""
+    _, found, names = text.partition("May import: ")
+    assert found, f"the docstring of sbml/{name}/__init__.py lacks the list 'May import: ...'"
+    return set(re.findall(r"\w+", names.partition(".")[0])) & set(LAYERS)
 
 
-def uses(name: str) -> set[str]:
-    """The other layers that the files of layer ``name`` import."""
-    found = {
-        layer(imported.removeprefix("sbml."))
-        for module in MODULES
-        if layer(module) == name
-        for imported in imports(tree_of(module))
-        if imported.startswith("sbml.")
-    }
-    return found - {name}
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_imports_go_down_the_layers_only(name: str) -> None:
-    assert uses(name) - {"library"} <= LAYERS[name]
+def arrows(modules: Iterable[str], depth: int) -> dict[str, set[str]]:
+    """What the files of each part import of other parts; a part is the first ``depth`` names."""
+    found: dict[str, set[str]] = {}
+    for module in modules:
+        own = ".".join(module.split(".")[:depth])
+        names = (name.split(".")[1:] for name in imports(tree_of(module)) if "sbml." in name)
+        targets = {".".join(name[:depth]) for name in names if name[0] in LAYERS}
+        found.setdefault(own, set()).update(targets - {own})
+    return found
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_allowed_import_exists(name: str) -> None:
-    """Otherwise the table would not show the architecture."""
-    assert LAYERS[name] - {"networks", "samplers"} <= uses(name) | {"library"}
+def test_a_folder_imports_what_its_docstring_says(name: str) -> None:
+    """No more, and no less: otherwise the docstrings would not show the architecture."""
+    used = arrows((m for m in MODULES if m.split(".")[0] == name), 1)[name]
+    assert used == allowed(name) & used, f"{name} also imports {used - allowed(name)}"
+    assert used == allowed(name), f"{name} does not import {allowed(name) - used}"
 
 
-def test_every_folder_is_a_layer() -> None:
-    assert {layer(module) for module in MODULES} == set(LAYERS)
+def test_the_folders_import_each_other_in_one_order() -> None:
+    graph = arrows((m for m in MODULES if m != "__main__"), 1)
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle.
+    assert all("program" not in graph[name] for name in LAYERS if name not in ("program", "main"))
 
 
-def test_the_files_of_the_library_import_each_other_in_one_order() -> None:
-    """Files at the top, and the kinds' folders as one file each: no circle."""
-    library = {"library", "codec", "networks", "dequantizers", "estimators", "samplers"}
-    arrows: dict[str, set[str]] = {}
-    for module in (m for m in MODULES if layer(m) in library):
-        targets = {name.split(".")[1] for name in imports(tree_of(module)) if "sbml." in name}
-        arrows.setdefault(module.split(".")[0], set()).update(targets - {module.split(".")[0]})
-    tuple(graphlib.TopologicalSorter(arrows).static_order())  # CycleError names the circle.
+def test_the_folders_of_the_program_import_each_other_in_one_order() -> None:
+    graph = arrows((m for m in MODULES if m.startswith("program.")), 2)
+    tuple(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_the_top_of_the_package_fits_on_a_screen() -> None:
+    assert len([path for path in ROOT.iterdir() if path.name != "__pycache__"]) <= 19
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -116,7 +104,7 @@ def test_the_package_stands_alone(module: str) -> None:
 @pytest.mark.parametrize("module", PURE)
 def test_the_mathematics_knows_no_network_library(module: str) -> None:
     found = set(imports(tree_of(module)))
-    if module == "ode":
+    if module == "likelihood.ode":
         # The base of diffrax, for an error of its own kind.
         found = {name for name in found if not name.startswith("equinox.internal")}
     assert not NETWORK_LIBRARIES & {name.split(".")[0] for name in found}
@@ -125,7 +113,7 @@ def test_the_mathematics_knows_no_network_library(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_configs_are_read_above_the_building_blocks(module: str) -> None:
     if any(name.split(".")[0] == "ml_collections" for name in imports(tree_of(module))):
-        assert layer(module) in {"experiment", "evaluation", "convert", "modes", "main"}
+        assert module.split(".")[0] in {"program", "main"}
 
 
 def sde_branches(tree: ast.Module) -> Iterator[str]:
@@ -158,8 +146,8 @@ def sde_branches(tree: ast.Module) -> Iterator[str]:
 
 # The modules that may make SDEs: ``sdes``, and the readers of schedules in other codes' files.
 MAKES_SDES = {m for m in MODULES if m.split(".")[0] == "sdes"} | {
-    "convert.vdm",
-    "convert.diffusers",
+    "program.convert.vdm",
+    "program.convert.diffusers",
 }
 
 

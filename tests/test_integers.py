@@ -11,9 +11,11 @@ import pytest
 from families import coefficients
 from scipy import integrate, special, stats
 
-from sbml import discrete, integers, likelihood
-from sbml.divergence import Trace
-from sbml.ode import Solver
+from sbml import likelihood
+from sbml.likelihood import discrete
+from sbml.likelihood.ode import Solver
+from sbml.score import integers
+from sbml.score.divergence import Trace
 from sbml.sdes import SDES, VP
 
 pytestmark = pytest.mark.usefixtures("x64")

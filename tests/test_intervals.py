@@ -7,9 +7,9 @@ import pytest
 from scipy import special, stats
 from sklearn.datasets import load_digits
 
-from sbml import moments
-from sbml.evaluation import baselines
-from sbml.intervals import (
+from sbml.program.evaluation import baselines
+from sbml.statistics import moments
+from sbml.statistics.intervals import (
     difference,
     half_width,
     mean_interval,

@@ -11,14 +11,14 @@ import tiny
 from ml_collections import ConfigDict
 from PIL import Image
 
-from sbml import bits
 from sbml.audit import oracle
-from sbml.experiment.build import Experiment
-from sbml.experiment.trained import Trained
-from sbml.modes import latents
-from sbml.ode import Solver
-from sbml.platform import compiler_options
-from sbml.runtime.files import read_npz
+from sbml.core import bits
+from sbml.core.files import read_npz
+from sbml.core.platform import compiler_options
+from sbml.likelihood.ode import Solver
+from sbml.program.config.build import Experiment
+from sbml.program.config.trained import Trained
+from sbml.program.modes import latents
 from sbml.samplers import AnnealedLangevin, ReverseDiffusion
 from sbml.samplers.known import GREY_FIRST, complete
 from sbml.sdes import SDES, VP

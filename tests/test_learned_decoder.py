@@ -10,10 +10,10 @@ import runs
 import tiny
 from scipy import special, stats
 
-from sbml import integers
-from sbml.experiment import build
-from sbml.modes import eval as evaluate
-from sbml.modes import train
+from sbml.program.config import build
+from sbml.program.modes import eval as evaluate
+from sbml.program.modes import train
+from sbml.score import integers
 
 LEVELS, IMAGES, SWEEPS = 17, 24, 4
 

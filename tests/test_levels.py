@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sbml import losses, sdes, times
-from sbml.streams import stream
+from sbml import losses, sdes
+from sbml.core.streams import stream
+from sbml.sdes import times
 
 pytestmark = pytest.mark.usefixtures("x64")
 

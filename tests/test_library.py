@@ -23,11 +23,12 @@ import optax
 import pytest
 from flax import nnx
 
-from sbml import bound, likelihood, losses, times
-from sbml.divergence import Trace
-from sbml.runtime import sharding
-from sbml.sdes import SDES
-from sbml.types import Array, Key, Score
+from sbml import likelihood, losses
+from sbml.core.types import Array, Key, Score
+from sbml.likelihood import bound
+from sbml.program.runtime import sharding
+from sbml.score.divergence import Trace
+from sbml.sdes import SDES, times
 
 pytestmark = pytest.mark.usefixtures("x64")
 

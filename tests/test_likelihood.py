@@ -10,12 +10,12 @@ import pytest
 import scipy.stats
 from families import FAMILIES
 
-from sbml import ode
 from sbml.audit import oracle
-from sbml.likelihood import Likelihood, Trace, ode_logp
-from sbml.ode import Solver
+from sbml.core.types import Array, Key
+from sbml.likelihood import Likelihood, ode, ode_logp
+from sbml.likelihood.ode import Solver
+from sbml.score.divergence import Trace
 from sbml.sdes import SDES
-from sbml.types import Array, Key
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sbml
-from sbml.convert.load import load
+from sbml.program.convert.load import load
 
 
 @pytest.fixture(scope="module")

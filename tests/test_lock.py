@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from sbml.runtime import lock
-from sbml.runtime.lock import BusyError
-from sbml.runtime.workdir import Workdir
+from sbml.program.runtime import lock
+from sbml.program.runtime.lock import BusyError
+from sbml.program.runtime.workdir import Workdir
 
 HOLD = """
 import sys, time
-from sbml.runtime.workdir import Workdir
+from sbml.program.runtime.workdir import Workdir
 
 with Workdir(sys.argv[1]).lock("train"):
     print("held", flush=True)

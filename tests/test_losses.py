@@ -9,11 +9,12 @@ import pytest
 import scipy.integrate
 from families import FAMILIES_VE_SLOW
 
-from sbml import bound, discrete, likelihood, losses, samplers, times
+from sbml import likelihood, losses, samplers
 from sbml.audit import oracle
-from sbml.divergence import Trace
-from sbml.sdes import SDE, SDES
-from sbml.types import Array, Key, Score
+from sbml.core.types import Array, Key, Score
+from sbml.likelihood import bound, discrete
+from sbml.score.divergence import Trace
+from sbml.sdes import SDE, SDES, times
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -16,17 +16,19 @@ import pytest
 import runs
 import tiny
 
-from sbml import bits, divergence, main
-from sbml.experiment import reference
-from sbml.experiment.build import Experiment
-from sbml.experiment.config import Config, load, of_checkpoint, path_of, with_overrides
-from sbml.modes import MODES, train
-from sbml.ode import Solver
-from sbml.report import plots
-from sbml.runtime import refusals, workdir
-from sbml.runtime.checkpoint import Checkpoints
-from sbml.runtime.preemption import Preemption
-from sbml.runtime.workdir import Workdir
+from sbml import main
+from sbml.core import bits
+from sbml.likelihood.ode import Solver
+from sbml.program.config import reference
+from sbml.program.config.build import Experiment
+from sbml.program.config.config import Config, load, of_checkpoint, path_of, with_overrides
+from sbml.program.modes import MODES, train
+from sbml.program.report import plots
+from sbml.program.runtime import refusals, workdir
+from sbml.program.runtime.checkpoint import Checkpoints
+from sbml.program.runtime.preemption import Preemption
+from sbml.program.runtime.workdir import Workdir
+from sbml.score import divergence
 from sbml.sdes import SDES
 
 CONFIG = "--config=tests/tiny.py"
@@ -390,7 +392,7 @@ def test_flags_that_name_nothing_or_would_be_ignored_are_refused(
 def test_a_wrong_config_file_is_named_with_its_line(
     refusal: Callable[..., str], tmp_path: Path, code: str, message: str
 ) -> None:
-    text = f"from sbml.experiment.config import default\ndef get_config():\n    {code}\n"
+    text = f"from sbml.program.config.config import default\ndef get_config():\n    {code}\n"
     (tmp_path / "wrong.py").write_text(text)
     said = refusal(f"--config={tmp_path / 'wrong.py'}")
     assert message in said and "\n" not in said

@@ -8,14 +8,14 @@ import tiny
 from ml_collections import ConfigDict
 
 from sbml import dequantizers
-from sbml.experiment import build
-from sbml.experiment.compatibility import check_dequantizer
-from sbml.experiment.config import default
-from sbml.modes import eval as evaluate
-from sbml.modes import quality, train_dequantizer
-from sbml.modes._runner import Command
-from sbml.report import summary
-from sbml.runtime.workdir import SAMPLES, Workdir
+from sbml.program.config import build
+from sbml.program.config.compatibility import check_dequantizer
+from sbml.program.config.config import default
+from sbml.program.modes import eval as evaluate
+from sbml.program.modes import quality, train_dequantizer
+from sbml.program.modes._runner import Command
+from sbml.program.report import summary
+from sbml.program.runtime.workdir import SAMPLES, Workdir
 
 
 @pytest.fixture

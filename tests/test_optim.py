@@ -10,9 +10,9 @@ import pytest
 import tiny
 
 from sbml import losses
-from sbml.experiment import build
-from sbml.experiment.optim import Optim
-from sbml.experiment.training import loss_unit
+from sbml.program.config import build
+from sbml.program.config.optim import Optim
+from sbml.program.config.training import loss_unit
 
 
 def adam(**changes):

@@ -14,8 +14,8 @@ import runs
 
 import sbml
 from sbml import main
-from sbml.experiment import config
-from sbml.runtime.versions import versions
+from sbml.program.config import config
+from sbml.program.runtime.versions import versions
 
 CONFIGS = runs.ROOT / "configs"
 

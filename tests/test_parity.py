@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import reference
 
-from sbml import bits, bound, likelihood, sdes
+from sbml import likelihood, sdes
+from sbml.core import bits
+from sbml.core.platform import compiler_options
+from sbml.likelihood import bound
+from sbml.likelihood.ode import Solver
 from sbml.networks import ncsnpp
-from sbml.ode import Solver
-from sbml.platform import compiler_options
 from sbml.score import Adapter
 
 SDE = sdes.VP()

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from sbml.runtime import versions
-from sbml.runtime.parts import Parts, compute_once
+from sbml.program.runtime import versions
+from sbml.program.runtime.parts import Parts, compute_once
 
 
 def rows(sweep, ids):

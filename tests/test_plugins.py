@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import runs
 
-from sbml.registry import Registry
+from sbml.core.registry import Registry
 
 # All but "uniform", which is none of the user's, and without the pilots of the bounds.
 FEW = (

@@ -11,8 +11,8 @@ import pytest
 
 import sbml
 from sbml import likelihood
-from sbml.divergence import Trace
-from sbml.ode import Solver
+from sbml.likelihood.ode import Solver
+from sbml.score.divergence import Trace
 from sbml.sdes import VP
 
 SDE, EPS = VP(), 1e-3

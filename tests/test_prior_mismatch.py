@@ -9,9 +9,10 @@ import pytest
 
 import sbml
 from sbml.audit import oracle
-from sbml.likelihood import Trace, ode_logp, prior_error
-from sbml.ode import Solver
-from sbml.scalars import notation
+from sbml.core.scalars import notation
+from sbml.likelihood import ode_logp, prior_error
+from sbml.likelihood.ode import Solver
+from sbml.score.divergence import Trace
 from sbml.sdes import SDE, SDES, VP, RectifiedFlow
 
 pytestmark = pytest.mark.usefixtures("x64")

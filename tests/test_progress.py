@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sbml.progress import Bar, over
+from sbml.core.progress import Bar, over
 
 
 class Screen(io.StringIO):
@@ -27,7 +27,7 @@ class Screen(io.StringIO):
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
     screen = Screen()
-    monkeypatch.setattr("sbml.progress.sys", SimpleNamespace(stderr=screen))
+    monkeypatch.setattr("sbml.core.progress.sys", SimpleNamespace(stderr=screen))
     monkeypatch.setattr("tqdm.std.time", lambda: screen.now)
     monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (90, 24))
     return screen

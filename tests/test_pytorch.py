@@ -10,10 +10,9 @@ import test_docs
 from scipy import integrate
 
 import sbml
-from sbml import pytorch
-from sbml.divergence import Trace
-from sbml.ode import Solver
-from sbml.score import from_prediction
+from sbml.likelihood.ode import Solver
+from sbml.score import from_prediction, pytorch
+from sbml.score.divergence import Trace
 
 pytestmark = pytest.mark.frameworks
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sbml import ode, quadrature
-from sbml.ode import Solver
-from sbml.types import Array
+from sbml.core.types import Array
+from sbml.likelihood import ode, quadrature
+from sbml.likelihood.ode import Solver
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.oracle]
 

@@ -9,15 +9,23 @@ import runs
 import tiny
 from ml_collections import ConfigDict
 
-from sbml import data, distances
-from sbml.features import digits_classifier
-from sbml.modes import quality, stats
-from sbml.modes.quality import memorisation
-from sbml.report import summary
-from sbml.report.pictures import write_png
-from sbml.runtime.checkpoint import Checkpoints
-from sbml.runtime.files import read_json, write_json, write_npz
-from sbml.runtime.workdir import EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES, Workdir
+from sbml import data
+from sbml.core.files import read_json, write_json, write_npz
+from sbml.program.features import digits_classifier
+from sbml.program.modes import quality, stats
+from sbml.program.modes.quality import memorisation
+from sbml.program.report import summary
+from sbml.program.report.pictures import write_png
+from sbml.program.runtime.checkpoint import Checkpoints
+from sbml.program.runtime.workdir import (
+    EVALUATION,
+    NEIGHBOURS,
+    PER_IMAGE,
+    QUALITY,
+    SAMPLES,
+    Workdir,
+)
+from sbml.statistics import distances
 
 CHECKPOINT = {"step": 3, "parameters_crc32": 7}
 MODEL = {"model": {"name": "mlp", "parameters": 8480}, "config": {"training": {"batch_size": 16}}}

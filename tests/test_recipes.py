@@ -10,9 +10,9 @@ from recipe_table import difference, table
 from scipy import stats
 
 from benchmarks import recipes
-from sbml.experiment import build
-from sbml.experiment.config import default
-from sbml.runtime import metrics
+from sbml.program.config import build
+from sbml.program.config.config import default
+from sbml.program.runtime import metrics
 
 
 def plan(tmp_path: pathlib.Path) -> recipes.Plan:

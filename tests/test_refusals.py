@@ -36,7 +36,8 @@ from refusals import (
     score,
 )
 
-from sbml import losses, samplers, sdes, times
+from sbml import losses, samplers, sdes
+from sbml.sdes import times
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 

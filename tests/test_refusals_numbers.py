@@ -27,7 +27,11 @@ from refusals import (
     score,
 )
 
-from sbml import bits, dequantizers, discrete, distances, divergence, integers, intervals
+from sbml import dequantizers
+from sbml.core import bits
+from sbml.likelihood import discrete
+from sbml.score import divergence, integers
+from sbml.statistics import distances, intervals
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 

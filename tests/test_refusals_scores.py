@@ -37,12 +37,13 @@ from refusals import (
     score,
 )
 
-from sbml import bound, likelihood, losses, ode, samplers, second_order
+from sbml import likelihood, losses, samplers, second_order
 from sbml.density import Density
-from sbml.divergence import Trace
+from sbml.likelihood import bound, ode
 from sbml.networks import mlp
 from sbml.samplers import known
 from sbml.score import Adapter, from_prediction
+from sbml.score.divergence import Trace
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 

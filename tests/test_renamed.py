@@ -10,11 +10,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from test_sections import node_of
 
 from sbml import samplers
-from sbml.experiment import renamed
-from sbml.experiment.config import Config, of_checkpoint, with_overrides
-from sbml.ode import Solver
-from sbml.runtime.checkpoint import Checkpoints
-from sbml.scalars import notation
+from sbml.core.scalars import notation
+from sbml.likelihood.ode import Solver
+from sbml.program.config import renamed
+from sbml.program.config.config import Config, of_checkpoint, with_overrides
+from sbml.program.runtime.checkpoint import Checkpoints
 
 # The sections ``eval`` and ``sampling`` of a config that an earlier version stored.
 EVAL: dict[str, Any] = {

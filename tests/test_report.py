@@ -17,9 +17,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sbml.report import comparison, pictures, plots, table
-from sbml.report import page as report_page
-from sbml.report.result import HALF_WIDTH, ROWS, Result
+from sbml.program.report import comparison, pictures, plots, table
+from sbml.program.report import page as report_page
+from sbml.program.report.result import HALF_WIDTH, ROWS, Result
 
 N, LEVELS = 40, 17
 ATTACK = '<script>alert("x")</script> $\\frac{'

@@ -18,19 +18,19 @@ import runs
 import tiny
 
 from sbml import data
-from sbml.modes import report
-from sbml.report import summary
-from sbml.report.pictures import write_png
-from sbml.report.result import strict
-from sbml.runtime import history, lock, metrics
-from sbml.runtime.files import DamagedFileError, json_line
-from sbml.runtime.lock import BusyError
-from sbml.runtime.trees import table_crc32
-from sbml.runtime.workdir import EVALUATION, PER_IMAGE, SAMPLES, Workdir
+from sbml.core.files import DamagedFileError, json_line
+from sbml.program.modes import report
+from sbml.program.report import summary
+from sbml.program.report.pictures import write_png
+from sbml.program.report.result import strict
+from sbml.program.runtime import history, lock, metrics
+from sbml.program.runtime.lock import BusyError
+from sbml.program.runtime.trees import table_crc32
+from sbml.program.runtime.workdir import EVALUATION, PER_IMAGE, SAMPLES, Workdir
 
 HOLD = """
 import sys
-from sbml.runtime.workdir import Workdir
+from sbml.program.runtime.workdir import Workdir
 
 with Workdir(sys.argv[1]).lock("train"):
     print("held", flush=True)

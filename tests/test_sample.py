@@ -15,16 +15,17 @@ import runs
 import tiny
 from PIL import Image
 
-from sbml import bits, samplers
-from sbml.evaluation import samples
-from sbml.experiment import build, objective
-from sbml.experiment.sampling import Sampling
-from sbml.experiment.trained import Trained
-from sbml.modes import sample
-from sbml.runtime.checkpoint import Restored
-from sbml.runtime.files import read_json, read_npz
-from sbml.runtime.preemption import Preemption
-from sbml.runtime.workdir import SAMPLES, Workdir
+from sbml import samplers
+from sbml.core import bits
+from sbml.core.files import read_json, read_npz
+from sbml.program.config import build, objective
+from sbml.program.config.sampling import Sampling
+from sbml.program.config.trained import Trained
+from sbml.program.evaluation import samples
+from sbml.program.modes import sample
+from sbml.program.runtime.checkpoint import Restored
+from sbml.program.runtime.preemption import Preemption
+from sbml.program.runtime.workdir import SAMPLES, Workdir
 from sbml.samplers import DDIM, Ancestral
 from sbml.sdes import VE
 

@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 
 import sbml
-from sbml.divergence import Trace
-from sbml.ode import Solver
+from sbml.core.types import Array, conditioned
+from sbml.likelihood.ode import Solver
 from sbml.samplers import (
     DDIM,
     ODE,
@@ -28,8 +28,8 @@ from sbml.samplers import (
     Transition,
 )
 from sbml.score import from_prediction
+from sbml.score.divergence import Trace
 from sbml.sdes import SDE, SDES, VP
-from sbml.types import Array, conditioned
 
 pytestmark = pytest.mark.usefixtures("x64")
 

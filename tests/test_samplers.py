@@ -12,12 +12,12 @@ from families import FAMILIES
 
 from sbml import samplers
 from sbml.audit import oracle
-from sbml.ode import Solver
-from sbml.platform import compiler_options
+from sbml.core.platform import compiler_options
+from sbml.core.types import Array
+from sbml.likelihood.ode import Solver
 from sbml.samplers import _grid
 from sbml.samplers.corrector import NoCorrector
 from sbml.sdes import SDE, SDES
-from sbml.types import Array
 
 pytestmark = pytest.mark.usefixtures("x64")
 

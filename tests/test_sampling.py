@@ -9,10 +9,10 @@ import pytest
 from families import FAMILIES
 
 from sbml.audit import oracle
-from sbml.ode import Solver
+from sbml.core.types import Array
+from sbml.likelihood.ode import Solver
 from sbml.samplers import decode, denoise, ode_sample
 from sbml.sdes import SDES
-from sbml.types import Array
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import sbml
-from sbml import likelihood, ode
-from sbml.divergence import Trace
+from sbml import likelihood
+from sbml.core.types import Array
+from sbml.likelihood import ode
 from sbml.score import from_prediction
+from sbml.score.divergence import Trace
 from sbml.sdes import SDE, VP, LinearVE, Schedule
-from sbml.types import Array
 
 pytestmark = pytest.mark.usefixtures("x64")
 

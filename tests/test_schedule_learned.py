@@ -12,13 +12,15 @@ import pytest
 import runs
 import tiny
 
-from sbml import bits, bound, discrete, losses, times
-from sbml.experiment import build, objective
-from sbml.modes import eval as evaluate
-from sbml.modes import sample, train
-from sbml.platform import compiler_options
-from sbml.runtime.state import mean
-from sbml.sdes import SDES
+from sbml import losses
+from sbml.core import bits
+from sbml.core.platform import compiler_options
+from sbml.likelihood import bound, discrete
+from sbml.program.config import build, objective
+from sbml.program.modes import eval as evaluate
+from sbml.program.modes import sample, train
+from sbml.program.runtime.state import mean
+from sbml.sdes import SDES, times
 
 VARIANCE = 0.3
 NUMBERS = ("gamma_0", "gamma_1")

@@ -14,12 +14,13 @@ import scipy.special
 from families import EVERY_SDE
 
 import sbml
-from sbml import bound, discrete, likelihood, losses, ode, times
+from sbml import likelihood, losses
 from sbml.audit import oracle
-from sbml.divergence import Trace
-from sbml.sdes import EDM, SDE, SDES, VE, VP, AlphaBarTable, LinearVE, Schedule
+from sbml.core.types import Array, Key
+from sbml.likelihood import bound, discrete, ode
+from sbml.score.divergence import Trace
+from sbml.sdes import EDM, SDE, SDES, VE, VP, AlphaBarTable, LinearVE, Schedule, times
 from sbml.sdes.vdm import MonotoneGamma
-from sbml.types import Array, Key
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -22,10 +22,11 @@ import numpy as np
 import pytest
 from families import FAMILIES, coefficients
 
-from sbml import bound, integers, likelihood, losses, ode, samplers, times
+from sbml import likelihood, losses, samplers
 from sbml.audit import oracle
+from sbml.core.types import Array, Key, batch_score
 from sbml.density import Density
-from sbml.divergence import Trace
+from sbml.likelihood import bound, ode
 from sbml.score import (
     FOREIGN,
     LABELS,
@@ -36,11 +37,12 @@ from sbml.score import (
     Network,
     NetworkScore,
     OfData,
-    U,
     from_prediction,
+    integers,
 )
-from sbml.sdes import SDE, SDES, VP, AlphaBarTable, RectifiedFlow, Schedule
-from sbml.types import Array, Key, batch_score
+from sbml.score.divergence import Trace
+from sbml.score.prediction import U
+from sbml.sdes import SDE, SDES, VP, AlphaBarTable, RectifiedFlow, Schedule, times
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -13,8 +13,8 @@ import scipy.interpolate
 import scipy.stats
 from scipy.special import logit
 
+from sbml.core.types import Array
 from sbml.sdes import SDE, SDES, VE, VP, LinearGamma, LinearVE, SubVP
-from sbml.types import Array
 
 pytestmark = pytest.mark.usefixtures("x64")
 

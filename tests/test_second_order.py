@@ -18,9 +18,9 @@ from families import FAMILIES_VE_SLOW
 
 from sbml import losses, second_order
 from sbml.audit.oracle import coefficients
+from sbml.core.streams import stream
+from sbml.core.types import Array, Key, Score
 from sbml.sdes import SDE, SDES, VP
-from sbml.streams import stream
-from sbml.types import Array, Key, Score
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.oracle]
 

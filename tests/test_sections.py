@@ -14,14 +14,14 @@ import tiny
 from ml_collections import ConfigDict
 
 from sbml import dequantizers, networks, sdes
-from sbml.experiment import build, compatibility, reference
-from sbml.experiment.config import Config, default, with_overrides
-from sbml.experiment.dequantizer import Dequantizer
-from sbml.experiment.fields import Override, Section
-from sbml.experiment.optim import DequantizerOptim
-from sbml.experiment.score import Network, Process
-from sbml.experiment.training import DequantizerTraining, Training
-from sbml.scalars import notation
+from sbml.core.scalars import notation
+from sbml.program.config import build, compatibility, reference
+from sbml.program.config.config import Config, default, with_overrides
+from sbml.program.config.dequantizer import Dequantizer
+from sbml.program.config.fields import Override, Section
+from sbml.program.config.optim import DequantizerOptim
+from sbml.program.config.score import Network, Process
+from sbml.program.config.training import DequantizerTraining, Training
 
 OWNED_ELSEWHERE = ("model", "dequantizer.model")  # Their fields are a network's or a dequantizer's.
 
@@ -89,7 +89,7 @@ OF_EITHER_SIGN = ("sde.gamma_0", "sde.gamma_1", "score.log_snr_range")  # log-SN
 
 
 def test_the_page_of_all_fields_is_up_to_date() -> None:
-    """``python -m sbml.experiment.reference > docs/fields.md`` writes it."""
+    """``python -m sbml.program.config.reference > docs/fields.md`` writes it."""
     assert (runs.ROOT / "docs" / "fields.md").read_text() == reference.markdown()
     assert all(
         row.meaning for _, section in reference.sections() for row in reference.rows(section)
@@ -293,7 +293,7 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
         (
             "score.parameterization",
             "math:pi",
-            "(float): give an object of the class sbml.score.Predicti",
+            "(float): give an object of the class sbml.score.prediction",
         ),
     ],
 )

@@ -8,12 +8,12 @@ import pytest
 import runs
 import tiny
 
-from sbml.modes import train
+from sbml.program.modes import train
 
 # Trains six steps at once, and again with the state spread in the middle.
 TRAINED = """
 import pathlib, runs, sys, test_shard_state
-from sbml.modes import train
+from sbml.program.modes import train
 
 config, folder = test_shard_state.config(), pathlib.Path(sys.argv[1])
 runs.mode(train.run, config, folder / "whole")
@@ -27,8 +27,8 @@ for steps, shard_state in ((2, False), (4, True), (6, False)):
 COMPILED = """
 import json, tiny
 from benchmarks import accelerators
-from sbml.experiment.build import Experiment
-from sbml.runtime import sharding
+from sbml.program.config.build import Experiment
+from sbml.program.runtime import sharding
 
 for shard_state in (False, True):
     config = tiny.get_config()

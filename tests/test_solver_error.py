@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 import sbml
-from sbml import estimate, ode
-from sbml.ode import Solver
+from sbml.core.types import Array, Key, Score
+from sbml.density import estimate
+from sbml.likelihood import ode
+from sbml.likelihood.ode import Solver
 from sbml.sdes import VP
-from sbml.types import Array, Key, Score
 
 SDE, EPS, N, DIMS = VP(), 1e-3, 16, 2
 TOLERANCES = [10.0**power for power in range(0, -7, -1)]  # down to the least of float32

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sbml.types import Array, Key, Score, batch_score
+from sbml.core.types import Array, Key, Score, batch_score
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -14,14 +14,14 @@ import runs
 import tiny
 
 import sbml
-from sbml import streams
-from sbml.estimators import Cell
-from sbml.evaluation import cells, levels, samples
-from sbml.evaluation.inputs import Inputs, check_first_batch
-from sbml.experiment import build, objective
-from sbml.modes import latents, train, train_dequantizer
-from sbml.runtime.state import TrainState
-from sbml.runtime.workdir import Workdir
+from sbml.core import streams
+from sbml.density.estimators import Cell
+from sbml.program.config import build, objective
+from sbml.program.evaluation import cells, levels, samples
+from sbml.program.evaluation.inputs import Inputs, check_first_batch
+from sbml.program.modes import latents, train, train_dequantizer
+from sbml.program.runtime.state import TrainState
+from sbml.program.runtime.workdir import Workdir
 from sbml.sdes import VP
 
 DRAWS = ("normal", "uniform", "rademacher", "permutation", "truncated_normal")

@@ -18,13 +18,13 @@ from scipy.special import logsumexp
 
 import sbml
 from sbml import data
+from sbml.core.scalars import notation
 from sbml.data.table import SHRINKAGES, Rows, Whitening
-from sbml.evaluation import densities
-from sbml.experiment import config as configs
-from sbml.experiment.config import Config
 from sbml.likelihood import prior_error
-from sbml.modes import table
-from sbml.scalars import notation
+from sbml.program.config import config as configs
+from sbml.program.config.config import Config
+from sbml.program.evaluation import densities
+from sbml.program.modes import table
 from sbml.sdes import VP
 
 RNG = np.random.default_rng(0)

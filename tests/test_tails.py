@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 import sbml
-from sbml import bound, intervals, times
 from sbml.audit import oracle
-from sbml.bound import GaussianControl, Reduction
-from sbml.density import _walk
-from sbml.estimators.base import Target
-from sbml.posterior import Importance
-from sbml.sdes import VP
+from sbml.density.density import _walk
+from sbml.density.estimators.base import Target
+from sbml.density.posterior import Importance
+from sbml.likelihood import bound
+from sbml.likelihood.bound import GaussianControl, Reduction
+from sbml.sdes import VP, times
+from sbml.statistics import intervals
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -11,8 +11,9 @@ import scipy.integrate
 import scipy.stats
 from families import EVERY_SDE, FAMILIES
 
+from sbml.core.types import Array
 from sbml.sdes import SDE, SDES
-from sbml.times import (
+from sbml.sdes.times import (
     DRAWS,
     PROPOSALS,
     Grid,
@@ -24,7 +25,6 @@ from sbml.times import (
     tally,
     warp,
 )
-from sbml.types import Array
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sbml.times import lattice, tally, warp, with_floor
-from sbml.types import Array
+from sbml.core.types import Array
+from sbml.sdes.times import lattice, tally, warp, with_floor
 
 pytestmark = pytest.mark.usefixtures("x64")
 

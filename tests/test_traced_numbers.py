@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from refusals import EPS, FEATURES, KEY, PIXELS, VP, X, score
 
-from sbml import bound, discrete, sdes, times
+from sbml import sdes
 from sbml.dequantizers import truncated_normal
+from sbml.likelihood import bound, discrete
 from sbml.samplers import DDIM
+from sbml.sdes import times
 
 SCALE, BATCH = jnp.asarray([1.0, 2.0, 0.5]), jnp.asarray(X)[None]
 

@@ -18,13 +18,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from configs import digits_vp
-from sbml.evaluation import samples
-from sbml.experiment import build, compatibility
-from sbml.modes import train
-from sbml.runtime import metrics, preemption
-from sbml.runtime.checkpoint import Checkpoints
-from sbml.runtime.lock import BusyError
-from sbml.runtime.workdir import Workdir
+from sbml.program.config import build, compatibility
+from sbml.program.evaluation import samples
+from sbml.program.modes import train
+from sbml.program.runtime import metrics, preemption
+from sbml.program.runtime.checkpoint import Checkpoints
+from sbml.program.runtime.lock import BusyError
+from sbml.program.runtime.workdir import Workdir
 
 
 @pytest.fixture(scope="module")

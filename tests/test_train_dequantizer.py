@@ -14,13 +14,14 @@ import runs
 import tiny
 from ml_collections import ConfigDict
 
-from sbml import bound, data
+from sbml import data
+from sbml.core.streams import stream
 from sbml.dequantizers import Dequantizer, variational
-from sbml.experiment import build
-from sbml.modes import eval as evaluate
-from sbml.modes import train, train_dequantizer
-from sbml.runtime import metrics, sharding
-from sbml.streams import stream
+from sbml.likelihood import bound
+from sbml.program.config import build
+from sbml.program.modes import eval as evaluate
+from sbml.program.modes import train, train_dequantizer
+from sbml.program.runtime import metrics, sharding
 
 STEPS = 12
 

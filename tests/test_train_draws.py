@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tiny
 
-from sbml.experiment import build, objective
+from sbml.core.streams import stream
 from sbml.losses import dsm_batch
-from sbml.runtime import sharding
-from sbml.streams import stream
+from sbml.program.config import build, objective
+from sbml.program.runtime import sharding
 
 
 def variance_reducing():

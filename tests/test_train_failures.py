@@ -9,11 +9,11 @@ import pytest
 import runs
 import tiny
 
-from sbml.experiment import build
-from sbml.experiment.optim import Optim
-from sbml.modes import train
-from sbml.runtime import checkpoint, metrics
-from sbml.runtime.checkpoint import Checkpoints, UnsavedCheckpointError
+from sbml.program.config import build
+from sbml.program.config.optim import Optim
+from sbml.program.modes import train
+from sbml.program.runtime import checkpoint, metrics
+from sbml.program.runtime.checkpoint import Checkpoints, UnsavedCheckpointError
 
 
 def diverge(monkeypatch):

@@ -6,9 +6,9 @@ import pytest
 import runs
 import tiny
 
-from sbml.experiment import build, objective
-from sbml.modes import train
-from sbml.runtime import sharding
+from sbml.program.config import build, objective
+from sbml.program.modes import train
+from sbml.program.runtime import sharding
 
 
 def one_step(**training):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import sbml
-from sbml import pytrees, samplers
-from sbml.types import Anything, Array, Key
+from sbml import samplers
+from sbml.core import pytrees
+from sbml.core.types import Anything, Array, Key
 
 DDIM = samplers.DDIM(4)
 MEAN, SCALE = 1e9, 2.0  # of data 1e9 + 2 x, in which float32 has one value in 64 units

@@ -13,13 +13,14 @@ import pytest
 import tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sbml import main, registry
-from sbml.experiment import compatibility
-from sbml.experiment.config import Config, default, of_checkpoint
-from sbml.modes import MODES
-from sbml.runtime import checkpoint
-from sbml.runtime.checkpoint import Checkpoints
-from sbml.runtime.workdir import ARCHITECTURE, Workdir
+from sbml import main
+from sbml.core import registry
+from sbml.program.config import compatibility
+from sbml.program.config.config import Config, default, of_checkpoint
+from sbml.program.modes import MODES
+from sbml.program.runtime import checkpoint
+from sbml.program.runtime.checkpoint import Checkpoints
+from sbml.program.runtime.workdir import ARCHITECTURE, Workdir
 from sbml.sdes import SDES
 
 NAME = "evil.part:Mine"

@@ -9,10 +9,21 @@ import jaxtyping
 import pytest
 import shapes
 
-from sbml import bits, divergence, likelihood, losses, times
-from sbml.divergence import Trace
-from sbml.sdes import SDES, MonotoneGamma
-from sbml.types import Array, Example, Key, Keys, batch_score, check_function, of_shape, predictor
+from sbml import likelihood, losses
+from sbml.core import bits
+from sbml.core.types import (
+    Array,
+    Example,
+    Key,
+    Keys,
+    batch_score,
+    check_function,
+    of_shape,
+    predictor,
+)
+from sbml.score import divergence
+from sbml.score.divergence import Trace
+from sbml.sdes import SDES, MonotoneGamma, times
 
 VP, KEY, T = SDES["vp"](), jax.random.key(0), jnp.asarray(0.5)
 

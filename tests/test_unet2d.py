@@ -16,9 +16,9 @@ from flax.traverse_util import flatten_dict
 from linen import normal, shapes
 from safetensors.numpy import load_file, save_file
 
+from sbml.core.types import Array
 from sbml.networks import unet2d
-from sbml.runtime.trees import differences
-from sbml.types import Array
+from sbml.program.runtime.trees import differences
 
 DATA = np.load(Path(__file__).parent / "data" / "unet2d.npz")
 SHAPES = json.loads(str(DATA["shapes"]))

@@ -11,16 +11,16 @@ import pytest
 import runs
 import tiny
 
-from sbml.estimators import Cell
-from sbml.evaluation import cells, validation
-from sbml.evaluation.inputs import Inputs
-from sbml.experiment import build
-from sbml.modes import eval as evaluation
-from sbml.modes import train
-from sbml.report import page
-from sbml.report.result import Result
-from sbml.runtime import metrics, preemption
-from sbml.runtime.workdir import EVALUATION, Workdir
+from sbml.density.estimators import Cell
+from sbml.program.config import build
+from sbml.program.evaluation import cells, validation
+from sbml.program.evaluation.inputs import Inputs
+from sbml.program.modes import eval as evaluation
+from sbml.program.modes import train
+from sbml.program.report import page
+from sbml.program.report.result import Result
+from sbml.program.runtime import metrics, preemption
+from sbml.program.runtime.workdir import EVALUATION, Workdir
 
 STEPS = 10
 COLUMN = "validation_bits_per_dim"

@@ -11,13 +11,15 @@ import pytest
 import vdm_reference as reference
 from flax.traverse_util import flatten_dict
 
-from sbml import bits, discrete, samplers, sdes
-from sbml.bound import Reduction
-from sbml.convert import vdm as vdm_checkpoint
+from sbml import samplers, sdes
+from sbml.core import bits
+from sbml.core.types import Array
+from sbml.likelihood import discrete
+from sbml.likelihood.bound import Reduction
 from sbml.networks import vdm
+from sbml.program.convert import vdm as vdm_checkpoint
 from sbml.score import Adapter, NetworkScore
 from sbml.sdes import SDE
-from sbml.types import Array
 
 pytestmark = pytest.mark.usefixtures("x64")
 

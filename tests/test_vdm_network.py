@@ -12,9 +12,9 @@ import vdm_reference as reference
 from flax.traverse_util import flatten_dict
 from linen import normal, random_params, shapes, size
 
-from sbml import bits
+from sbml.core import bits
+from sbml.core.types import Array
 from sbml.networks import _layers, frequencies, vdm
-from sbml.types import Array
 
 
 @pytest.fixture(autouse=True)

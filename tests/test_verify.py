@@ -12,12 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from sbml.audit import mistakes, oracle, ours, ways
+from sbml.audit import mistakes, oracle, ours
 from sbml.audit.suite import Report
 from sbml.audit.table import Row, row
-from sbml.modes import verify
+from sbml.core.types import Array, Key
+from sbml.program.modes import verify
+from sbml.program.verify import ways
 from sbml.sdes import SDES
-from sbml.types import Array, Key
 
 pytestmark = pytest.mark.oracle
 

@@ -10,7 +10,7 @@ import pytest
 import runs
 
 from sbml import main
-from sbml.modes import train
+from sbml.program.modes import train
 
 ROWS = [
     line.split("\t")

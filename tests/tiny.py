@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from sbml.experiment.config import default
+from sbml.program.config.config import default
 
 
 def get_config() -> ConfigDict:

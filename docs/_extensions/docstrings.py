@@ -23,7 +23,8 @@ from reference import MODULES, TYPES
 from sentences import formulas
 from sphinx.application import Sphinx
 
-from sbml import types as vocabulary
+import sbml
+from sbml.core import types as vocabulary
 
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):$")
 ITEM = re.compile(r"  ([\w, ]+): (.*)", re.S)
@@ -35,7 +36,7 @@ MARKUP = re.compile(
 )
 # The first cell of a row: at most three words, or a call.
 HEAD = re.compile(r"[\w.]+\(.*\)|[\w.-]+,?(?: [\w.-]+,?){0,2}")
-MODULE = re.compile(r"``(sbml(?:\.\w+)+)``")
+MODULE = re.compile(r"``sbml\.(\w+(?:\.\w+)*)``")
 
 
 def escape(text: str) -> str:
@@ -49,7 +50,8 @@ def prose(text: str) -> str:
     parts, end = [], 0
     for match in MARKUP.finditer(text):
         name = MODULE.fullmatch(match[0])
-        markup = f":py:mod:`{name[1]}`" if name and name[1] in MODULES else match[0]
+        module = sbml.LIBRARY.get(name[1], f"sbml.{name[1]}") if name else ""
+        markup = f":py:mod:`{module}`" if module in MODULES else match[0]
         parts += [sentence(text[end : match.start()]), markup]
         end = match.end()
     return "".join([*parts, sentence(text[end:])])

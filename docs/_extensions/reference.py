@@ -21,43 +21,47 @@ import sbml
 FOLDER = "reference"
 # Functions and classes that other files of the package need, and users do not.
 INTERNAL = {
-    "sbml.bits": "check_levels, check_pixels, check_dequantized",
+    "sbml.core.bits": "check_levels, check_pixels, check_dequantized",
     "sbml.codec.file": "as_integers, packed, crc32",
     "sbml.codec.stack": "coder, installed, require",
-    "sbml.compiler": "version, needs_cure, knows, with_flags",
+    "sbml.core.compiler": "version, needs_cure, knows, with_flags",
     "sbml.data": "source_of",
     "sbml.data.image_folder": "printable",
     "sbml.data.imagenet32": "version, check_comparable",
     "sbml.data.photos": "photo_path",
     "sbml.dequantizers.base": "has_density, has_bound, is_trained",
     "sbml.dequantizers.variational": "from_reference, read_options, image_shape",
-    "sbml.estimate": "excess",
-    "sbml.estimators.base": "draw_key, times_key",
-    "sbml.estimators.ode": "averaged",
+    "sbml.density.estimate": "excess",
+    "sbml.density.estimators.base": "draw_key, times_key",
+    "sbml.density.estimators.ode": "averaged",
     "sbml.losses": "draw_noise, noisy_batch",
-    "sbml.moments": "rows",
+    "sbml.statistics.moments": "rows",
     "sbml.networks.ncsnpp": "add, ResnetBlockDDPMpp, ResnetBlockBigGANpp, AttnBlockpp, Combine",
     "sbml.networks.unet2d": (
         "default_groups, fields, params, TimeEmbedding, Resnet, Attention, Resample, Down, "
         "Middle, Up"
     ),
     "sbml.networks.vdm": "default_groups, Block, Attention",
-    "sbml.ode": "check_tolerances, check_precision, growth, most_evaluations, last_time, rms_norm",
-    "sbml.quadrature": "lobatto_error, lone_step_error, beside_integral",
-    "sbml.types": (
+    "sbml.likelihood.ode": (
+        "check_tolerances, check_precision, growth, most_evaluations, last_time, rms_norm"
+    ),
+    "sbml.likelihood.quadrature": "lobatto_error, lone_step_error, beside_integral",
+    "sbml.core.types": (
         "at_least_float32, full_precision, in_full_precision, half_precision, check_function"
     ),
 }
 
 
 def parts(name: str) -> list[str]:
-    """The modules in the package ``name`` whose names do not begin with an underscore."""
+    """The modules in the package ``name`` that have no page of their own, and whose names do not
+    begin with an underscore."""
     path = getattr(importlib.import_module(name), "__path__", None)
-    found = pkgutil.iter_modules(path) if path else ()
-    return [f"{name}.{m.name}" for m in found if not m.name.startswith("_")]
+    found = [f"{name}.{m.name}" for m in (pkgutil.iter_modules(path) if path else ())]
+    own = set(sbml.LIBRARY.values())
+    return [part for part in found if not (part in own or part.rpartition(".")[2][0] == "_")]
 
 
-PAGES = {f"sbml.{name}": parts(f"sbml.{name}") for name in sbml.LIBRARY}
+PAGES = {name: parts(name) for name in sbml.LIBRARY.values()}
 MODULES = {"sbml", *PAGES, *(part for found in PAGES.values() for part in found)}
 
 
@@ -178,7 +182,7 @@ def write(app: Sphinx) -> None:
     """Write the pages that have changed, so that Sphinx reads only these again."""
     folder = Path(app.srcdir) / FOLDER
     folder.mkdir(exist_ok=True)
-    pages = {f"{name.removeprefix('sbml.')}.rst": page(name) for name in PAGES}
+    pages = {f"{short}.rst": page(name) for short, name in sbml.LIBRARY.items()}
     for path in folder.glob("*.rst"):
         if path.name not in pages:
             path.unlink()

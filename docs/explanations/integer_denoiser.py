@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 
-from sbml import integers
+from sbml.score import integers
 
 LEVELS = 8
 CENTRES = (2 * np.arange(LEVELS) + 1) / LEVELS - 1

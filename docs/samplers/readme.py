@@ -13,8 +13,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from sbml.report import plots
-from sbml.runtime.workdir import EVALUATION, Workdir
+from sbml.program.report import plots
+from sbml.program.runtime.workdir import EVALUATION, Workdir
 
 NAMES = {"ode": "sbml, probability-flow ODE", "bound": "sbml, evidence bound"}
 # A phone shows the five inches, 360 points, at 358 pixels, so a point of the text is a pixel there.
@@ -56,7 +56,7 @@ def main(source: str, samples: str) -> None:
     """Write the picture in the report's colours for light and for dark pages."""
     light = drawn(source, samples)
     Path("readme_light.svg").write_text(light)
-    styles = resources.files("sbml.report").joinpath("report.css").read_text()
+    styles = resources.files("sbml.program.report").joinpath("report.css").read_text()
     styles = styles[styles.index("prefers-color-scheme: dark") :]
     colours = dict(re.findall(r"--(\w+): (#\w{6});", styles))
     dark = re.sub(

@@ -9,8 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
 
-from sbml.report.plots import training
-from sbml.runtime.metrics import read
+from sbml.program.report.plots import training
+from sbml.program.runtime.metrics import read
 
 INK, LINE = "#7d838c", "#2f8fd8"  # readable on white and on black
 

@@ -5,8 +5,9 @@
     print(audit(Estimator("my bound", my_bound, "centre")))
 
 ``worlds`` are data whose entropy and denoisers are known, ``suite`` has the checks, ``ours`` the
-estimators of this package, and ``mistakes`` estimators that must fail. ``program`` looks inside
-this package: it compares the parts of its estimators with closed forms.
+estimators of this package, and ``mistakes`` estimators that must fail.
+
+May import: core, density, dequantizers, likelihood, score, sdes, statistics.
 """
 
 from sbml.audit.suite import WORLDS as WORLDS

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import discrete
 from sbml.audit import suite
 from sbml.audit.ours import (
     BATCH_WITHOUT_TRACE,
@@ -34,12 +33,12 @@ from sbml.audit.ours import (
 )
 from sbml.audit.suite import Estimator, Nats, Schedule
 from sbml.audit.worlds import Denoiser, Images, World
-from sbml.bound import Reduction, Steps
-from sbml.estimators import bound, ode
-from sbml.estimators.base import Evaluations, OneExample, Target
-from sbml.likelihood import ode_logp
-from sbml.times import Importance
-from sbml.types import Array, Key, PyTree, Scalar, Score
+from sbml.core.types import Array, Key, PyTree, Scalar, Score
+from sbml.density.estimators import bound, ode
+from sbml.density.estimators.base import Evaluations, OneExample, Target
+from sbml.likelihood import discrete, ode_logp
+from sbml.likelihood.bound import Reduction, Steps
+from sbml.sdes.times import Importance
 
 Numbers = np.ndarray | Array
 TOO_SMALL = "bound, normalised"

@@ -18,9 +18,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from scipy import stats
 
-from sbml.scalars import Number
+from sbml.core.scalars import Number
+from sbml.core.types import Array, Key
 from sbml.sdes import SDE
-from sbml.types import Array, Key
 
 
 def coefficients(sde: SDE, t: Number) -> tuple[float, float]:

@@ -10,17 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import Density, bits, discrete
+from sbml import Density
 from sbml.audit.suite import WORLDS, Estimator, Numbers, Schedule
 from sbml.audit.worlds import Denoiser, Images
-from sbml.bound import GaussianControl, Reduction
+from sbml.core import bits
+from sbml.density.estimate import Estimate
+from sbml.density.estimators import bound, ode
+from sbml.density.estimators.base import Target
 from sbml.dequantizers import Dequantizer, decoders, truncated_normal, uniform
-from sbml.divergence import Trace
-from sbml.estimate import Estimate
-from sbml.estimators import bound, ode
-from sbml.estimators.base import Target
-from sbml.ode import Solver
+from sbml.likelihood import discrete
+from sbml.likelihood.bound import GaussianControl, Reduction
+from sbml.likelihood.ode import Solver
 from sbml.score import from_prediction
+from sbml.score.divergence import Trace
 
 EXACT, ONE_PROBE = Trace("exact"), Trace("rademacher", 1)
 EPS = 1e-5

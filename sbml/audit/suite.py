@@ -44,13 +44,15 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
-from sbml import bits, integers, intervals
 from sbml.audit import worlds as known
 from sbml.audit.worlds import Denoiser, Images, World
-from sbml.door import checked
-from sbml.scalars import Count
+from sbml.core import bits
+from sbml.core.door import checked
+from sbml.core.scalars import Count
+from sbml.core.types import Array, Json, Real
+from sbml.score import integers
 from sbml.sdes import SDE, SDES
-from sbml.types import Array, Json, Real
+from sbml.statistics import intervals
 
 CHECKS = (
     *("complete", "repeatable", "precise", "independent"),

@@ -28,10 +28,11 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from scipy import special
 
-from sbml import bits, integers, pytrees
-from sbml.door import typed
+from sbml.core import bits, pytrees
+from sbml.core.door import typed
+from sbml.core.types import Array, Example, Real, Scalar
+from sbml.score import integers
 from sbml.sdes import SDE
-from sbml.types import Array, Example, Real, Scalar
 
 Images = UInt8[np.ndarray, "n h w c"]
 Nats = Float[np.ndarray, "n"]

@@ -6,6 +6,8 @@
 
 ``codec.chain`` has the mathematics, ``codec.stack`` the coder of integers, ``codec.bits_back`` how
 images are coded with both, and ``codec.file`` the format of the file.
+
+May import: core, likelihood, sdes.
 """
 
 from sbml.codec.bits_back import Codec

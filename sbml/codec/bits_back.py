@@ -46,11 +46,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import discrete
 from sbml.codec import stack
 from sbml.codec.chain import Chain
 from sbml.codec.stack import Coder, Normal
-from sbml.types import Array, Batch, Score, batch_score, optional
+from sbml.core.types import Array, Batch, Score, batch_score, optional
+from sbml.likelihood import discrete
 
 CENTRE: Final = "centre"
 UNIFORM: Final = "uniform"  # where the data of a model lie in their bins

@@ -33,12 +33,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import bound, times
-from sbml.bound import Steps
-from sbml.door import checked, condition, typed
-from sbml.scalars import Count, Number
-from sbml.sdes import SDE
-from sbml.types import Array, Batch, Key, Score
+from sbml.core.door import checked, condition, typed
+from sbml.core.scalars import Count, Number
+from sbml.core.types import Array, Batch, Key, Score
+from sbml.likelihood import bound
+from sbml.likelihood.bound import Steps
+from sbml.sdes import SDE, times
 
 Share = Annotated[float, condition("above 0 and below 1", lambda m: 0 < m < 1)]
 

@@ -6,11 +6,14 @@
 
 A source is a class derived from ``Source``. Files whose names begin with an
 underscore are private.
+
+May import: core.
 """
 
 from dataclasses import replace
 from typing import Any
 
+from sbml.core.registry import Registry, hint, subclass
 from sbml.data import imagenet32
 from sbml.data._examples import (
     CROPS,
@@ -24,7 +27,6 @@ from sbml.data._examples import (
     part,
 )
 from sbml.data._pipeline import prefetch, spread, train_batches
-from sbml.registry import Registry, hint, subclass
 
 __all__ = [
     "CROPS",

@@ -18,8 +18,8 @@ import numpy as np
 from absl import logging
 from filelock import FileLock
 
-from sbml.runtime.files import DamagedFileError, read_json, write_json
-from sbml.types import Json
+from sbml.core.files import DamagedFileError, read_json, write_json
+from sbml.core.types import Json
 
 Add = Callable[[np.ndarray], None]
 

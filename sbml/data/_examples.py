@@ -13,8 +13,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
 
-from sbml.door import condition, typed
-from sbml.types import Json
+from sbml.core.door import condition, typed
+from sbml.core.types import Json
 
 SPLITS = ("train", "test")
 VALIDATION = "validation"  # the training images that are held out, if there are any

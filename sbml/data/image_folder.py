@@ -20,10 +20,10 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE
 
+from sbml.core.progress import over
+from sbml.core.types import Json
 from sbml.data._cache import Add, content_key, load_or_build
 from sbml.data._examples import ImageSet, Options, Source
-from sbml.progress import over
-from sbml.types import Json
 
 SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".gif")

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sbml.core.progress import over
+from sbml.core.types import Json
 from sbml.data._cache import Add, load_or_build
 from sbml.data._examples import ImageSet, Options, Source
-from sbml.progress import over
-from sbml.types import Json
 
 ARCHIVES = {
     "old": {"train": "train_32x32.tar", "test": "valid_32x32.tar"},

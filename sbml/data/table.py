@@ -30,9 +30,9 @@ import jax
 import numpy as np
 from scipy.linalg import lapack, solve_triangular
 
-from sbml import pytrees
+from sbml.core import pytrees
+from sbml.core.scalars import notation
 from sbml.data._examples import Examples, Options, Source, copies
-from sbml.scalars import notation
 
 LEAST_ROWS, LEAST_VALUES = 100, 10
 MOST_COLUMNS = 1_000  # With more, the eigenvectors of their covariances take minutes.

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sbml.core.progress import Bar
+from sbml.core.types import Json
 from sbml.data._cache import Add, load_or_build
 from sbml.data._examples import ImageSet, Options, Source
-from sbml.progress import Bar
-from sbml.types import Json
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder

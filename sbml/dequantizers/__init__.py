@@ -1,13 +1,15 @@
 """Dequantizers, by name, which make integers continuous.
 
 :class:`sbml.dequantizers.base.Dequantizer` is their interface.
+
+May import: core, likelihood, sdes.
 """
 
+from sbml.core.registry import Registry, subclass
 from sbml.dequantizers.base import Dequantizer as Dequantizer
 from sbml.dequantizers.base import has_bound as has_bound
 from sbml.dequantizers.base import has_density as has_density
 from sbml.dequantizers.base import is_trained as is_trained
-from sbml.registry import Registry, subclass
 
 DEQUANTIZERS = Registry(
     "dequantizer",

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from sbml.core.types import Array, Batch, Key, Vector
 from sbml.dequantizers import _flowpp_layers as layers
 from sbml.dequantizers import _mixture_logistic as mixture_logistic
-from sbml.types import Array, Batch, Key, Vector
 
 Pair = tuple[Array, Array]  # even columns and odd columns, (n, h, w / 2, c) each
 

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from sbml.types import Array, Key
+from sbml.core.types import Array, Key
 
 VARIANCE_FLOOR = 1e-8
 CONTEXT_FILTERS = 32

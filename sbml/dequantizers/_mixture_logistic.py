@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, log_softmax, logsumexp
 
-from sbml.types import Array
+from sbml.core.types import Array
 
 CLIP = 1e-7
 LEAST_LOG_SCALE = -7.0  # The flow keeps components at least this wide: narrower ones are spikes.

@@ -8,11 +8,11 @@ For any density p of x = 2 (pixels + u) / L - 1 and any q(u | pixels) on the bin
 import abc
 from typing import ClassVar
 
-from sbml import discrete
-from sbml.bound import Bound, Reduction, Steps
-from sbml.scalars import Number
+from sbml.core.scalars import Number
+from sbml.core.types import Key, PixelBatch, Pixels, PyTree, Score, Vector
+from sbml.likelihood import discrete
+from sbml.likelihood.bound import Bound, Reduction, Steps
 from sbml.sdes import SDE
-from sbml.types import Key, PixelBatch, Pixels, PyTree, Score, Vector
 
 
 class Dequantizer:

@@ -16,9 +16,9 @@ Reference: Kingma et al., VDM, 2021, section 3.3.
 import dataclasses
 from typing import ClassVar
 
-from sbml import discrete
+from sbml.core.types import Score, optional
 from sbml.dequantizers.base import AtNoise
-from sbml.types import Score, optional
+from sbml.likelihood import discrete
 
 
 @dataclasses.dataclass(frozen=True)

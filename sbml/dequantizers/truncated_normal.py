@@ -22,11 +22,12 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from sbml import discrete, scalars
+from sbml.core import scalars
+from sbml.core.door import checked, typed
+from sbml.core.scalars import Number, positive
+from sbml.core.types import Example, Key, Pixels, PyTree, Scalar, Score
 from sbml.dequantizers.base import AtNoise
-from sbml.door import checked, typed
-from sbml.scalars import Number, positive
-from sbml.types import Example, Key, Pixels, PyTree, Scalar, Score
+from sbml.likelihood import discrete
 
 
 @typed

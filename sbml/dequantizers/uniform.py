@@ -10,9 +10,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from sbml.core.door import checked
+from sbml.core.types import Example, Key, Pixels, PyTree, Scalar
 from sbml.dequantizers.base import Dequantizer
-from sbml.door import checked
-from sbml.types import Example, Key, Pixels, PyTree, Scalar
 
 
 @dataclasses.dataclass(frozen=True)

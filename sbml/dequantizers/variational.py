@@ -23,13 +23,13 @@ from jax.nn import log_sigmoid
 from jax.typing import DTypeLike
 from jaxtyping import Float, Integer, Num
 
+from sbml.core.door import checked, condition, typed
+from sbml.core.scalars import Count, at_least
+from sbml.core.streams import stream
+from sbml.core.types import AnyArray, Array, Json, Key, Keys, Numbers, PyTree, Scalar, Tree, Vector
 from sbml.dequantizers._flowpp_flow import Flow, per_image
 from sbml.dequantizers._flowpp_layers import DESIGNS
 from sbml.dequantizers.base import Dequantizer
-from sbml.door import checked, condition, typed
-from sbml.scalars import Count, at_least
-from sbml.streams import stream
-from sbml.types import AnyArray, Array, Json, Key, Keys, Numbers, PyTree, Scalar, Tree, Vector
 
 Pixels = Integer[AnyArray, "n h w c"]
 Images = Float[AnyArray, "n h w c"]

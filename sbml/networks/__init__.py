@@ -8,12 +8,14 @@ for ``x (n, *s)`` in [-1, 1] and ``label (n,)``, one number per example that giv
 Dropout draws from the rng collection "dropout", only if ``train``. A network that can be
 class-conditional has a field ``classes`` and takes ``condition (n,)``, the class of each example.
 Files whose names begin with an underscore hold parts of networks.
+
+May import: core.
 """
 
 from flax import linen as nn
 
+from sbml.core.registry import Registry, subclass
 from sbml.networks._layers import frequencies as frequencies
-from sbml.registry import Registry, subclass
 
 NETWORKS = Registry(
     "network",

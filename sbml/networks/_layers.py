@@ -33,10 +33,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Float, Num
 
-from sbml.door import condition, typed
-from sbml.platform import one_cpu
-from sbml.scalars import Count, at_least, one_of
-from sbml.types import AnyArray, Array, Key, at_least_float32
+from sbml.core.door import condition, typed
+from sbml.core.platform import one_cpu
+from sbml.core.scalars import Count, at_least, one_of
+from sbml.core.types import AnyArray, Array, Key, at_least_float32
 
 Map = Callable[[Array], Array]
 ZEROS = nn.initializers.zeros

@@ -11,10 +11,10 @@ from typing import Annotated
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sbml.door import checked, condition, typed
+from sbml.core.door import checked, condition, typed
+from sbml.core.scalars import Count, Positive, at_least
+from sbml.core.types import Array, Batch
 from sbml.networks import _layers as layers
-from sbml.scalars import Count, Positive, at_least
-from sbml.types import Array, Batch
 
 
 @typed

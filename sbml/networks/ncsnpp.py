@@ -22,11 +22,11 @@ from typing import Annotated
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sbml.door import checked, condition, typed
+from sbml.core.door import checked, condition, typed
+from sbml.core.scalars import Count, Positive, at_least, one_of
+from sbml.core.types import Array
 from sbml.networks import _layers as layers
 from sbml.networks._layers import Images, Labels, Map
-from sbml.scalars import Count, Positive, at_least, one_of
-from sbml.types import Array
 
 ACTIVATIONS: dict[str, Map] = {
     "swish": nn.swish,

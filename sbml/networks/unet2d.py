@@ -37,11 +37,11 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
-from sbml.door import checked, condition, typed
+from sbml.core.door import checked, condition, typed
+from sbml.core.scalars import Count, Positive, at_least, between, one_of
+from sbml.core.types import Array
 from sbml.networks import _layers as layers
 from sbml.networks._layers import Images, Labels, Map
-from sbml.scalars import Count, Positive, at_least, between, one_of
-from sbml.types import Array
 
 ACTIVATIONS: dict[str, Map] = {
     "silu": nn.silu,
@@ -461,8 +461,8 @@ def params(state: Mapping[str, Any]) -> dict[str, Any]:
     JAX is imported. At the dots that no number follows, a name is split into the names of modules:
     ``down_blocks.0.resnets.1.conv1.weight (o, i, h, w)`` becomes ``kernel (h, w, i, o)`` of the
     module conv1 in resnets.1 in down_blocks.0. The names that old files have for the maps of
-    attention are known too. Nothing is checked here: ``sbml.runtime.trees.differences`` names the
-    arrays that do not fit the parameters of a model.
+    attention are known too. Nothing is checked here: the reader of the file compares the arrays
+    with the parameters of a model.
     """
     flat: dict[tuple[str, ...], np.ndarray] = {}
     for name, value in state.items():

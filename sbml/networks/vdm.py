@@ -21,11 +21,11 @@ from typing import Annotated
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sbml.door import checked, condition, typed
+from sbml.core.door import checked, condition, typed
+from sbml.core.scalars import at_least, one_of
+from sbml.core.types import Array, at_least_float32
 from sbml.networks import _layers as layers
 from sbml.networks._layers import ZEROS, Images, Labels
-from sbml.scalars import at_least, one_of
-from sbml.types import Array, at_least_float32
 
 GROUPS = 32  # of group norm, in the published models
 LECUN = nn.initializers.lecun_normal()

@@ -12,9 +12,11 @@ and E[z | x_t] from a score, and ``denoise`` the first of them only.
 ``SAMPLERS`` has the names in configs. The file ``_grid`` has what all samplers with fixed steps
 share, ``one_step`` and ``multistep`` have the formulas, and ``corrector`` has the correctors that
 can follow each step.
+
+May import: core, likelihood, sdes.
 """
 
-from sbml.registry import Registry, subclass
+from sbml.core.registry import Registry, subclass
 from sbml.samplers._grid import SPACINGS, FixedSteps, Sampler, denoise, predictions
 from sbml.samplers.corrector import CORRECTORS, AnnealedLangevin, Langevin
 from sbml.samplers.density import Chain, Path, PathLogProb, Transition

@@ -20,14 +20,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from sbml.door import checked, typed
-from sbml.ode import Stats
-from sbml.samplers.corrector import Corrector, NoCorrector
-from sbml.samplers.density import Chain
-from sbml.scalars import Count, Number, one_of
-from sbml.sdes import SDE
-from sbml.streams import stream
-from sbml.types import (
+from sbml.core.door import checked, typed
+from sbml.core.scalars import Count, Number, one_of
+from sbml.core.streams import stream
+from sbml.core.types import (
     Array,
     Example,
     Key,
@@ -38,6 +34,10 @@ from sbml.types import (
     in_full_precision,
     predictor,
 )
+from sbml.likelihood.ode import Stats
+from sbml.samplers.corrector import Corrector, NoCorrector
+from sbml.samplers.density import Chain
+from sbml.sdes import SDE
 
 Frames = Float[Array, "frames *s"]
 Times = Float[Array, "frames"]

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 import jax
 import jax.numpy as jnp
 
-from sbml.door import condition, typed
-from sbml.scalars import Count, Number, positive
+from sbml.core.door import condition, typed
+from sbml.core.scalars import Count, Number, positive
+from sbml.core.types import Example, Key, Scalar, Score, deterministic
 from sbml.sdes import SDE
-from sbml.types import Example, Key, Scalar, Score, deterministic
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,11 +34,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from sbml.door import checked
-from sbml.pytrees import when_known
-from sbml.scalars import Number
+from sbml.core.door import checked
+from sbml.core.pytrees import when_known
+from sbml.core.scalars import Number
+from sbml.core.types import Array, Example, Key, Scalar, Score, in_full_precision
 from sbml.sdes import SDE
-from sbml.types import Array, Example, Key, Scalar, Score, in_full_precision
 
 Times = Float[Array, " points"]
 

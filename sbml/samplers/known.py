@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from sbml.door import checked
+from sbml.core.door import checked
+from sbml.core.scalars import Number, is_traced
+from sbml.core.streams import stream
+from sbml.core.types import AnyArray, Key, Scalar, Score
 from sbml.samplers._grid import FixedSteps, denoise
 from sbml.samplers.corrector import Corrector, NoCorrector
-from sbml.scalars import Number, is_traced
 from sbml.sdes import SDE
-from sbml.streams import stream
-from sbml.types import AnyArray, Key, Scalar, Score
 
 Image = Float[AnyArray, "h w c"]
 Mask = Shaped[AnyArray, "..."] | float

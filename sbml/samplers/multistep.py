@@ -14,11 +14,11 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from sbml.door import typed
+from sbml.core.door import typed
+from sbml.core.scalars import Count
+from sbml.core.types import Array, Example, Score
 from sbml.samplers._grid import FixedSteps, Spacing, Triple, denoise
-from sbml.scalars import Count
 from sbml.sdes import SDE
-from sbml.types import Array, Example, Score
 
 
 @typed

@@ -28,12 +28,12 @@ from typing import Annotated, ClassVar
 import jax
 import jax.numpy as jnp
 
-from sbml.door import typed
+from sbml.core.door import typed
+from sbml.core.scalars import Count, Number, between
+from sbml.core.types import Example, Scalar, Score, deterministic
 from sbml.samplers._grid import FixedSteps, Spacing, denoise, predictions
 from sbml.samplers.density import Transition
-from sbml.scalars import Count, Number, between
 from sbml.sdes import SDE
-from sbml.types import Example, Scalar, Score, deterministic
 
 
 def forward(sde: SDE, t: Scalar, s: Scalar) -> tuple[Scalar, Scalar]:

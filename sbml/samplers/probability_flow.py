@@ -10,13 +10,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sbml.door import checked, typed
-from sbml.ode import METHODS, Solver, Stats, flow
+from sbml.core.door import checked, typed
+from sbml.core.scalars import Count, Number
+from sbml.core.types import Example, Key, Scalar, Score, in_full_precision
+from sbml.likelihood.ode import METHODS, Solver, Stats, flow
 from sbml.samplers._grid import Frames, Times, denoise, frames_of
 from sbml.samplers.density import Chain, Transition
-from sbml.scalars import Count, Number
 from sbml.sdes import SDE
-from sbml.types import Example, Key, Scalar, Score, in_full_precision
 
 
 @checked

@@ -22,9 +22,11 @@ the SDEs whose log-SNR hardly changes near t = 0 (VE, those of ``vdm`` and ``tab
 accuracy is 1e-7.
 
 Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021, appendices B-C.
+
+May import: core.
 """
 
-from sbml.registry import Registry, subclass
+from sbml.core.registry import Registry, subclass
 from sbml.sdes.base import SDE, Kernel, Levels, Schedule
 from sbml.sdes.exploding import EDM, VE, LinearVE
 from sbml.sdes.interpolating import Cosine, RectifiedFlow

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml.types import Array, Elementwise
+from sbml.core.types import Array, Elementwise
 
 Function = Callable[[Elementwise], Elementwise]
 

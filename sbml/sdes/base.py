@@ -29,11 +29,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from sbml import compiler, pytrees, scalars
-from sbml.door import checked, condition, fits, shown, typed
-from sbml.scalars import Number
+from sbml.core import compiler, pytrees, scalars
+from sbml.core.door import checked, condition, fits, shown, typed
+from sbml.core.scalars import Number
+from sbml.core.types import (
+    Array,
+    Elementwise,
+    Example,
+    Key,
+    Numbers,
+    Scalar,
+    Time,
+    in_full_precision,
+)
 from sbml.sdes._inverse import inverse, slope
-from sbml.types import Array, Elementwise, Example, Key, Numbers, Scalar, Time, in_full_precision
 
 # The log-SNR at ``largest_time`` if the signal vanishes at T: alpha / sigma = 1e-3.
 LEAST_LOG_SNR = 2 * math.log(1e-3)
@@ -102,7 +111,7 @@ class Kernel(abc.ABC):
     """p(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I), which is all that a denoising loss needs.
 
     A kernel is a frozen dataclass. If its fields are floats it is hashable, so it can be static
-    under ``jit``. It is also a pytree whose numbers are leaves (``sbml.pytrees``), so it can be an
+    under ``jit``. It is also a pytree whose numbers are leaves (``core.pytrees``), so it can be an
     argument of ``jit`` and ``grad`` too. Its methods are elementwise in the time ``t`` in
     (0, ``T``], of any shape. They raise a ValueError for times that are negative or not
     floating-point numbers, and for a result of another shape than the times; these checks are added

@@ -13,11 +13,11 @@ from typing import Annotated
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import scalars
-from sbml.door import typed
-from sbml.scalars import Number, at_least, positive
+from sbml.core import scalars
+from sbml.core.door import typed
+from sbml.core.scalars import Number, at_least, positive
+from sbml.core.types import Elementwise
 from sbml.sdes.base import ClosedForm, Levels
-from sbml.types import Elementwise
 
 
 @dataclasses.dataclass(frozen=True)

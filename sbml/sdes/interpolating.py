@@ -13,8 +13,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from sbml.core.types import Elementwise
 from sbml.sdes.base import LEAST_LOG_SNR, SDE
-from sbml.types import Elementwise
 
 
 @dataclasses.dataclass(frozen=True)

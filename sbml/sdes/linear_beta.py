@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import scalars
-from sbml.door import typed
-from sbml.scalars import Number, at_least
+from sbml.core import scalars
+from sbml.core.door import typed
+from sbml.core.scalars import Number, at_least
+from sbml.core.types import Elementwise
 from sbml.sdes.base import ClosedForm, Levels
-from sbml.types import Elementwise
 
 # With a larger beta, the signal is lost almost at once, and float32 cannot tell the few times apart
 # at which a network denoises.

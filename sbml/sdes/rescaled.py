@@ -11,10 +11,10 @@ import dataclasses
 import math
 from typing import Annotated
 
-from sbml.door import typed
-from sbml.scalars import Number, Positive, finite
+from sbml.core.door import typed
+from sbml.core.scalars import Number, Positive, finite
+from sbml.core.types import Elementwise, Numbers
 from sbml.sdes.base import SDE, Kernel, Levels
-from sbml.types import Elementwise, Numbers
 
 
 @typed

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml.door import typed
-from sbml.scalars import Number, between, one_of
+from sbml.core.door import typed
+from sbml.core.scalars import Number, between, one_of
+from sbml.core.types import Elementwise, T
 from sbml.sdes.base import SDE
-from sbml.types import Elementwise, T
 
 
 def _static(default: T) -> T:

@@ -25,11 +25,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from sbml import scalars
-from sbml.door import typed
-from sbml.scalars import Number
+from sbml.core import scalars
+from sbml.core.door import typed
+from sbml.core.scalars import Number
+from sbml.core.types import Array, Elementwise
 from sbml.sdes.base import ClosedForm
-from sbml.types import Array, Elementwise
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,197 @@
+"""The door of the library: one decorator checks the arguments of a public function.
+
+    @checked
+    def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]: ...
+
+The annotations say what an argument must be: its type and, by jaxtyping, the kind of numbers and
+the shape of an array, where a letter is the same size in all arguments. A wrong argument is a
+ValueError of one line that names it, says what it is, and what it must be. Under ``jit``, ``vmap``,
+``grad`` and ``scan`` the check runs while JAX traces, and costs nothing afterwards; outside of them
+a call takes about a tenth of a millisecond longer. Behind the door nothing is checked again.
+
+An annotation can also have conditions, ``Annotated[int, condition("of at least 1", ...)]``; the
+values of tracers are unknown, so they fulfil every condition.
+
+The first call also checks that XLA's sums are right (``sbml.compiler``). :func:`typed` is the door
+of dataclasses, and of functions that compute by NumPy only: it leaves XLA alone.
+"""
+
+import functools
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar, cast
+
+import jax
+import numpy as np
+from beartype import BeartypeConf
+from beartype.door import is_bearable
+from beartype.vale import Is
+from jaxtyping import AbstractArray, Real, jaxtyped
+
+from sbml.core import compiler
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+_TOWER = BeartypeConf(is_pep484_tower=True)  # An int is a float, as for mypy.
+_KINDS = {
+    "Float": "floating-point numbers",
+    "Integer": "integers",
+    "Num": "numbers",
+    "Real": "real numbers",
+    "Bool": "truth values",
+    "Shaped": "an array",
+    "Key": "typed keys (of jax.random.key, or of jax.random.wrap_key_data for older ones)",
+}
+_NAMES: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "True or False",
+    str: "a text",
+    list: "a list",
+    dict: "a dict",
+    tuple: "a tuple",
+    type(None): "None",
+}
+_REAL: Any = Real[np.ndarray | jax.Array | np.number, "..."]
+
+_words: dict[Any, str] = {}  # of conditions
+_usual: dict[Any, bool] = {}  # whether they are named only for a value that breaks them
+
+
+def condition(words: str, holds: Callable[[Any], Any], *, usual: bool = False) -> Any:
+    """A condition for ``Annotated``; ``words`` follow the type in a message, "an integer WORDS".
+    One that ``usual`` values fulfil is named only in the message for a value that does not."""
+    found = Is[lambda value: isinstance(value, jax.core.Tracer) or bool(holds(value))]
+    _words[found], _usual[found] = words, usual
+    return found
+
+
+def checked(function: C) -> C:
+    """``function``, which checks its arguments at every call, and XLA's sums at the first one.
+
+    Raises:
+      ValueError: an argument does not fit its annotation.
+      MiscompilationError: XLA for CPU computes sums wrongly.
+    """
+    inner = typed(function)
+
+    @functools.wraps(function)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        compiler.check()
+        return inner(*args, **kwargs)
+
+    return cast(C, inside)
+
+
+def typed(function: C) -> C:
+    """``function``, or a dataclass, which checks its arguments at every call.
+
+    Raises:
+      ValueError: an argument does not fit its annotation.
+    """
+    if isinstance(function, type):
+        cls: Any = function
+        cls.__init__ = typed(cls.__init__)
+        return function
+    signature = inspect.signature(function)
+
+    @functools.cache
+    def hints() -> dict[str, Any]:
+        return typing.get_type_hints(function, include_extras=True)
+
+    @functools.wraps(function)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        with jaxtyped("context"):
+            for name, value in given.items():
+                if name in hints() and not fits(value, hints()[name]):
+                    raise ValueError(_message(name, given, hints()[name]))
+        return function(*args, **kwargs)
+
+    return cast(C, inside)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether ``value`` is as ``hint`` says.
+
+    A NumPy number also counts as a Python number. A Python number counts as an array without
+    dimensions, but only if ``hint`` takes no arrays with dimensions.
+    """
+    if isinstance(value, bool) and not is_bearable(object(), hint):
+        return hint is bool or bool in typing.get_args(hint)
+    if isinstance(value, np.number):  # As an array, so that the annotation tells its kind.
+        return fits(np.asarray(value), hint) or fits(value.item(), hint)
+    if type(value) is tuple:
+        value = tuple(n.item() if isinstance(n, np.integer) else n for n in value)
+    if is_bearable(value, hint, conf=_TOWER):
+        return True
+    if not isinstance(value, int | float) or is_bearable(np.asarray([value]), hint):
+        return False
+    return bool(is_bearable(np.asarray(value), hint))
+
+
+def _message(name: str, given: dict[str, Any], hint: Any) -> str:
+    """The message for the argument ``name`` of those that are ``given``."""
+    arrays = {n: v for n, v in given.items() if n not in (name, "key") and _is_array(v)}
+    others = [f"{n} has shape {v.shape}" for n, v in arrays.items()]
+    shapes = f" ({', '.join(others)})" if others and _is_array(given[name]) else ""
+    needed = needs(hint, _broken(given[name], hint))
+    return f"{name} is {shown(given[name], hint)}: give {needed}{shapes}"
+
+
+def _broken(value: Any, hint: Any) -> list[Any]:
+    """The conditions of ``hint`` that ``value`` does not fulfil; none if its type is wrong."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is not typing.Annotated:  # The hint may be a union.
+        return next(filter(None, (_broken(value, part) for part in parts)), [])
+    return [each for each in parts[1:] if fits(value, parts[0]) and not each.is_valid(value)]
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "dtype") and hasattr(value, "shape")
+
+
+def shown(value: Any, hint: Any = None) -> str:
+    """An argument in words: an array by its kind and shape, anything else by its value, with its
+    type if the ``hint`` takes another one.
+
+    If the ``hint`` has a condition, the words include the least and the largest of real numbers.
+    """
+    if _is_array(value):
+        text = f"{value.dtype} of shape {value.shape}"
+        known = is_bearable(value, _REAL) and not isinstance(value, jax.core.Tracer)
+        if typing.get_origin(hint) is typing.Annotated and known and value.size:
+            text += f" in [{np.min(value):g}, {np.max(value):g}]"
+        return text
+    text = repr(value)
+    text = text if len(text) <= 60 else text[:57] + "..."
+    return text if _broken(value, hint) else f"{text} ({type(value).__name__})"
+
+
+def needs(hint: Any, broken: Collection[Any] = ()) -> str:
+    """What an argument must be, in words; usual conditions are named only if ``broken``."""
+    if isinstance(hint, type) and issubclass(hint, AbstractArray):
+        kind = next(words for name, words in _KINDS.items() if hint.__name__.startswith(name))
+        if hint.dim_str in ("...", "*any"):
+            return kind
+        return f"{kind} of shape ({', '.join(hint.dim_str.split())})"
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        named = [each for each in parts[1:] if each in broken or not _usual[each]]
+        return f"{needs(parts[0])} {', '.join(_words[each] for each in named)}".rstrip()
+    if origin in (types.UnionType, typing.Union):
+        # The same words are named once, NumPy's numbers and scalar arrays beside a number never.
+        scalar = "" if float in parts else "none"
+        named = [p for p in parts if p is not np.number and getattr(p, "dim_str", None) != scalar]
+        return " or ".join(dict.fromkeys(needs(each, broken) for each in named))
+    if Callable in (hint, origin):
+        return "a function"
+    kind = parts[0] if origin is type else origin or hint
+    if kind in _NAMES or not isinstance(kind, type):
+        return _NAMES.get(kind, str(kind))
+    what = "a class derived from" if origin is type else "an object of the class"
+    public = re.sub(r"\._\w+", "", kind.__module__)
+    return f"{what} {public}.{kind.__name__}"

@@ -1,0 +1,255 @@
+"""Compares the config and data that are stored in a checkpoint with those of the present run.
+
+With another SDE or nonlinearity the parameters of a checkpoint would give wrong results, although
+their shapes fit. A converted checkpoint may fit none of the configs in this package. So its work
+directory has a file ``architecture.json`` with the fields that fit it. They replace the fields of
+the config (:func:`of_workdir`).
+"""
+
+import dataclasses
+import math
+
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from sbml import data
+from sbml.core import registry
+from sbml.core.scalars import notation
+from sbml.core.types import Json
+from sbml.program.config.config import Config, parts_in
+from sbml.program.config.data import Data
+from sbml.program.config.fields import Section, plain
+from sbml.program.config.score import Process
+from sbml.program.config.training import Training, smallest_time, smallest_trained_time
+from sbml.program.runtime.checkpoint import OtherModelError
+from sbml.program.runtime.workdir import ARCHITECTURE, Workdir
+from sbml.score import LEVELS
+from sbml.sdes import SDE, SDES
+
+Metadata = Json
+Sections = dict[str, Json]
+
+# Fields of a network or dequantizer that may differ from those in the checkpoint's config.
+FREE = ("clipped", "dropout", "dtype", "init_scale", "remat")
+
+
+def write_architecture(workdir: epath.PathLike, sections: Sections) -> None:
+    """Write ``sections``, the fields of "model", "dequantizer.model" ... by name, to
+    ``workdir/architecture.json``, except for the fields in ``FREE``."""
+    fixed = {
+        name: {field: value for field, value in fields.items() if field not in FREE}
+        for name, fields in sections.items()
+    }
+    Workdir(workdir).write(ARCHITECTURE, fixed)
+
+
+def of_workdir(config: Config, workdir: Workdir, quiet: bool = False) -> Config:
+    """``config`` with the fields of ``architecture.json`` in ``workdir``, if there is such a file.
+    Each changed field is printed, unless ``quiet``."""
+    if not workdir.has(ARCHITECTURE):
+        return config
+    stored = workdir.read(ARCHITECTURE)
+    with registry.only(parts_in(config.plain()) - parts_in(stored)):
+        changed, lines = with_fields(config, stored)
+    for line in () if quiet else lines:
+        print(f"{workdir / ARCHITECTURE}: {line}")
+    return changed
+
+
+def with_fields(config: Config, sections: Sections) -> tuple[Config, list[str]]:
+    """``config`` with the fields in ``sections`` replaced, and a line for each change.
+
+    If a section names another class than ``config``, such as another network, all of its fields are
+    replaced.
+    """
+    before = flatten_dict(config.plain(), sep=".")
+    now = dict(before)
+    for section, fields in sections.items():
+        name = before.get(f"{section}.name")
+        if fields.get("name", name) != name:
+            now = {k: value for k, value in now.items() if not k.startswith(f"{section}.")}
+        now |= {f"{section}.{field}": plain(value) for field, value in fields.items()}
+    lines = [
+        f"config.{name}={notation(value)}, as in the checkpoint, replaces {notation(before[name])}"
+        for name, value in now.items()
+        if name in before and before[name] != value
+    ]
+    return Config(**unflatten_dict(now, sep=".")), lines
+
+
+# The name of a field, its value here, and its value in the checkpoint.
+Difference = tuple[str, object, object]
+
+
+def _differences(config: Config, metadata: Metadata, *names: str) -> list[Difference]:
+    """The fields whose values differ between ``config`` and a checkpoint.
+
+    Only the fields and sections with one of ``names`` are compared.
+
+    A field that only one of the two configs has comes from another version of the package and is
+    ignored, as are the fields in ``FREE``.
+    """
+    ours, theirs = (flatten_dict(c, sep=".") for c in (config.plain(), metadata["config"]))
+    prefixes = tuple(f"{name}." for name in names)
+    return [
+        (name, ours[name], plain(value))
+        for name, value in theirs.items()
+        if f"{name}.".startswith(prefixes)
+        and name in ours
+        and name.rpartition(".")[2] not in FREE
+        and ours[name] != plain(value)
+    ]
+
+
+def _refuse(different: list[Difference], otherwise: str = "") -> None:
+    """Raise an error if there are differences; ``otherwise`` says what else the user can do."""
+    if different:
+        texts = [(name, notation(ours), notation(theirs)) for name, ours, theirs in different]
+        said = [f"config.{name} is {a}, the checkpoint's is {b}" for name, a, b in texts]
+        flags = [f"--config.{name}={theirs}" for name, _, theirs in texts]
+        raise OtherModelError(
+            f"the checkpoint is of another model: {'; '.join(said)}. Use the --config of its "
+            f"training, or set {' '.join(flags)}{otherwise}"
+        )
+
+
+def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
+    """The forward process, the training settings and the smallest time of a checkpoint.
+
+    A converted checkpoint does not store its smallest time. Such a model was trained with the
+    paper's smallest time, also if it was trained on bin centres.
+    """
+    stored = metadata["config"]
+    try:
+        numbers = [field.name for field in dataclasses.fields(SDES[stored["sde"]["name"]])]
+        # A checkpoint of another version may have other fields. The SDE is that of the config, but
+        # the source of the training data can be anything, and is not needed.
+        known: dict[type[Section], Json] = {
+            kind: {
+                name: value
+                for name, value in stored[kind.section].items()
+                if name != "source"
+                and (name in kind.model_fields or (kind is Process and name in numbers))
+            }
+            for kind in (Process, Training, Data)
+        }
+        sde, training = Process(**known[Process]).build(), Training(**known[Training])
+        data, eps = Data(**known[Data]), metadata.get("smallest_time")
+        return sde, training, smallest_time(sde, training, data, math.inf) if eps is None else eps
+    except ValueError as error:
+        raise OtherModelError(f"the checkpoint is of another model: {error}") from error
+
+
+def check_score(config: Config, metadata: Metadata) -> None:
+    """Check that the parameters of a checkpoint give the same score with ``config``.
+
+    This is checked before the arrays are compared, because the name of a field explains an error
+    better than the shape of an array.
+    """
+    _refuse(_differences(config, metadata, "sde", "score", "model"))
+    if config.score.parameterization == LEVELS:
+        # Its score depends on the number of levels, and on whether the data are bin centres.
+        levels = _differences(config, metadata, "data.levels")
+        kinds = _differences(config, metadata, "data.dequantization")
+        _refuse(levels + [kind for kind in kinds if "centre" in kind])
+    tau = config.eval.tau or math.inf
+    eps = smallest_time(config.sde.build(), config.training, config.data, tau)
+    _, _, trained_eps = _noise(metadata)
+    # The time may be a result of float32 arithmetic, which rounds differently on another device.
+    if not math.isclose(eps, trained_eps, rel_tol=1e-5):
+        may = "; eval.smallest_time and sampling.smallest_time may differ"
+        _refuse([("training.smallest_time", eps, trained_eps)], may)
+
+
+def check_training(config: Config, metadata: Metadata) -> None:
+    """Check that a training with ``config`` can continue from a checkpoint.
+
+    The checkpoint contains statistics of the loss for each bin of the times, so the number of bins
+    must be the same.
+    """
+    check_score(config, metadata)
+    _refuse(_differences(config, metadata, "training.proposal_bins"))
+
+
+def check_dequantizer(config: Config, metadata: Metadata) -> None:
+    """Check that the parameters of a dequantizer's checkpoint fit ``config``."""
+    stored = {"name": "variational", **metadata["config"].get("dequantizer", {})}
+    fields = ("dequantizer.name", "dequantizer.model")
+    _refuse(
+        _differences(config, {"config": {"dequantizer": stored}}, *fields),
+        ", or move the folder dequantizer/ away to train another one",
+    )
+
+
+def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[str]:
+    """A warning if ``eps`` is below the smallest time of the checkpoint's training.
+
+    ``section`` is the section of the config whose ``smallest_time`` is ``eps``: "eval" or
+    "sampling".
+    """
+    first = smallest_trained_time(*_noise(metadata))
+    if eps >= 0.99 * first:  # A smaller difference may be rounding.
+        return []
+    begin, known = (notation(value, ".3g") for value in (eps, first))
+    return [
+        f"{section}: times begin at t={begin}, but the network was trained only from t={known} on: "
+        f"set --config.{section}.smallest_time={known}"
+    ]
+
+
+# Settings of the sections ``training`` and ``optim`` that do not change the training. The number of
+# steps does change it under a cosine schedule.
+WITHOUT_EFFECT = {
+    *("num_steps", "steps_per_dispatch", "shard_state", "log_every"),
+    *("checkpoint_every", "keep_last", "keep_every", "sample_every"),
+    *("validate_every", "validation_images"),
+}
+
+
+def changed_settings(metadata: Metadata, ours: Metadata, prefix: str) -> list[str]:
+    """The settings that differ between a checkpoint and the run that continues from it, each as
+    "name before -> now". They are allowed, but later checkpoints record only the new values.
+
+    ``metadata`` is that of the checkpoint, and ``ours`` that of the continued run. ``prefix``,
+    which is empty or ``dequantizer.``, stands before the sections ``training`` and ``optim``.
+    """
+    before, now = (flatten_dict(m["config"], sep=".") for m in (metadata, ours))
+    free = WITHOUT_EFFECT - ({"num_steps"} if now[f"{prefix}optim.schedule"] == "cosine" else set())
+    sections = (f"{prefix}training.", f"{prefix}optim.")
+    names = ["seed", "data.dequantization", "data.flip"]
+    names += [f"{prefix}model.{k}" for k in ("dropout", "dtype", "clipped")]
+    if prefix:  # A dequantizer's loss is the bound with these times and this smallest time.
+        names += ["training.times", "eval.smallest_time"]
+    names += [k for k in now if k.startswith(sections) and k.rpartition(".")[2] not in free]
+    changed = [k for k in names if now.get(k) != before.get(k)]
+    return [f"{k} {notation(before.get(k))} -> {notation(now.get(k))}" for k in changed]
+
+
+def earlier_data(metadata: Metadata, examples: data.Examples) -> list[Json | None]:
+    """The fingerprints of all data other than ``examples`` on which a checkpoint was trained.
+
+    A training that continues with ``examples`` stores them in its metadata. None stands for unknown
+    data.
+    """
+    before = [*metadata.get("earlier_data", []), metadata["data"]]
+    different = [d for d in before if d is None or d["sha256"] != examples.fingerprint["sha256"]]
+    return [d for i, d in enumerate(different) if d not in different[:i]]
+
+
+def other_data(metadata: Metadata, examples: data.Examples) -> list[str]:
+    """Warnings if a checkpoint was trained on other data than ``examples``, even if its training
+    then continued on ``examples``.
+    """
+    warnings = []
+    earlier = metadata.get("earlier_data", [])
+    for i, stored in enumerate([*earlier, metadata["data"]]):
+        if stored is None:
+            warnings.append("the checkpoint was converted: its training data are not known")
+            continue
+        present = examples.fingerprint
+        data.imagenet32.check_comparable(stored["name"], present["name"])
+        if stored["sha256"] != present["sha256"]:
+            changed = {k: (stored.get(k), v) for k, v in present.items() if stored.get(k) != v}
+            first = " first" if i < len(earlier) else ""
+            warnings.append(f"the model was{first} trained on other data than this: {changed}")
+    return warnings

@@ -1,0 +1,387 @@
+"""Sections of a config: frozen pydantic models, in which a field is one line.
+
+    lr: float = field(2e-4, "largest learning rate", gt=0, le=1)
+
+From this line come the default, the check of a value, the message of its error, a line of
+``--help=optim`` and a row in the documentation. A wrong value raises a ValueError of this form:
+
+    optim.lr=0: need a number above 0 and at most 1
+
+A section with a choice, such as the network, has a name and the fields of the class of that name
+(:class:`Chosen`). An SDE, network or sampler with fields of its own is thus one file.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import sys
+import typing
+from collections.abc import Collection, Iterator, Mapping
+from decimal import Decimal
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Self
+
+import numpy as np
+import pydantic
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, Field
+
+from sbml.core.registry import Registry, hint, listed
+from sbml.core.scalars import notation
+
+# Steps, images and draws are int32 numbers on the devices. A field of one of these types must not
+# set a lower limit of its own, because pydantic would replace this one by it.
+Positive = Annotated[int, Ge(1), Lt(2**31)]
+Natural = Annotated[int, Ge(0), Lt(2**31)]
+Seed = Annotated[int, Ge(0), Lt(2**32)]
+Size = Annotated[int, Ge(0), Lt(2**16)]
+PositiveSize = Annotated[int, Ge(1), Lt(2**16)]
+
+# The program computes in float32, where smaller numbers are 0 and larger ones infinite.
+SMALLEST, LARGEST = (float(end) for end in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+
+# The widest limits of a number of a network or of another part; its class knows the true range.
+_OWN: dict[Any, Any] = {
+    int: Annotated[int, Gt(-(2**16)), Lt(2**16)],
+    float: Annotated[float, Ge(-1e6), Le(1e6)],
+}
+_OWN[Any] = _OWN[float]
+
+
+class Override(str):
+    """The text of a value on the command line, which a section reads by the type of its field."""
+
+
+def field(default: Any, meaning: str, **limits: Any) -> Any:
+    """A field with its default, its meaning with the unit, and pydantic's limits ``gt``, ``ge``,
+    ``lt``, ``le`` and ``min_length``."""
+    return Field(default, description=meaning, **limits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Among:
+    """Checks that a name is one of ``choices``; a registry also finds those of other packages."""
+
+    choices: Collection[str]
+
+    def __call__(self, name: Any) -> Any:
+        if name not in self.choices:
+            raise ValueError
+        if isinstance(self.choices, Registry):
+            self.choices[name]  # It tells what is wrong with a part of another package.
+        return name
+
+
+def among(choices: Collection[str]) -> AfterValidator:
+    """The annotation of a name that must be one of ``choices``."""
+    return AfterValidator(Among(choices))
+
+
+@contextlib.contextmanager
+def errors_of(name: object) -> Iterator[None]:
+    """A context that puts ``name`` before the message of every ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def section_errors(section: str) -> contextlib.AbstractContextManager[None]:
+    """A context that puts the name of ``section`` before the message of every ValueError."""
+    return errors_of(f"config.{section}")
+
+
+def refusal(
+    name: str, value: Any, needs: str, wrong: str = "", choices: Collection[str] = ()
+) -> ValueError:
+    """The error for a field ``name`` with an invalid ``value``; ``needs`` says what is valid, and
+    ``wrong`` is the part of the value that is none of the ``choices``, if there are any."""
+    return ValueError(f"{name}={notation(value)}: {hint(wrong, choices, f'need {needs}')}")
+
+
+def _unwrapped(annotation: Any, rules: Collection[Any] = ()) -> tuple[Any, list[Any]]:
+    """The type in an annotation, and the rules for its values, with those in ``rules``."""
+    found = [*rules]
+    while typing.get_origin(annotation) is Annotated:
+        annotation, *more = typing.get_args(annotation)
+        found += [rule for inner in more for rule in getattr(inner, "metadata", [inner])]
+    return annotation, found
+
+
+def needs(annotation: Any, rules: Collection[Any] = (), plural: bool = False) -> str:
+    """What a value must be, in words: "an integer of at least 1 and below 2^31, or None"."""
+    kind, rules = _unwrapped(annotation, rules)
+    kinds = typing.get_args(kind)
+    if NoneType in kinds:
+        return f"{needs(_present(kinds), rules)}, or None"
+    if typing.get_origin(kind) is tuple:
+        count = len(kinds) if Ellipsis not in kinds else "one or more"
+        return f"{count} {needs(kinds[0], plural=True)}"
+    if choices := _choices(kind, rules):
+        names = ", ".join(sorted(filter(None, choices)))
+        nothing = ", or nothing" * ("" in choices)
+        return f"{'' if plural else 'one '}of {names}{nothing}"
+    kinds_in_words = {bool: "True or False", str: "text", int: "an integer", float: "a number"}
+    kinds_in_words |= {int: "integers", float: "numbers", str: "names"} if plural else {}
+    limits = []
+    for name, word in (("gt", "above"), ("ge", "of at least"), ("lt", "below"), ("le", "at most")):
+        bounds = [b for rule in rules if (b := getattr(rule, name, None)) is not None]
+        if bounds:  # The tightest counts.
+            bound = (max if name[0] == "g" else min)(bounds)
+            power = int(bound).bit_length() - 1
+            is_power = bound == 2**power > 2**15
+            limits.append(f"{word} {f'2^{power}' if is_power else notation(float(bound), 'g')}")
+    return f"{kinds_in_words.get(kind, kind)} {' and '.join(limits)}".strip()
+
+
+def _choices(annotation: Any, rules: Collection[Any] = ()) -> Collection[str]:
+    """The names among which a value, or each part of it, must be; () if it is no such name."""
+    kind, rules = _unwrapped(annotation, rules)
+    kinds = typing.get_args(kind)
+    if NoneType in kinds:
+        return _choices(_present(kinds), rules)
+    if typing.get_origin(kind) is tuple:
+        return _choices(kinds[0])
+    functions = (getattr(rule, "func", None) for rule in rules)
+    return next((each.choices for each in functions if isinstance(each, Among)), ())
+
+
+def _is_plain(annotation: Any) -> bool:
+    """Whether a text on the command line can stand for a value of this type."""
+    kind, _ = _unwrapped(annotation)
+    if typing.get_origin(kind) not in (tuple, typing.Union, UnionType):
+        return kind in (int, float, bool, str)
+    inner = {*typing.get_args(kind)} - {NoneType, Ellipsis}
+    return len(inner) == 1 and _is_plain(*inner)
+
+
+def _present(kinds: tuple[Any, ...]) -> Any:
+    """The type of a field that may be None, when it is not."""
+    return next(kind for kind in kinds if kind is not NoneType)
+
+
+def _parsed(text: str, annotation: Any) -> Any:
+    """The value that ``text`` stands for in a field of this type; the text itself if it stands for
+    none, which the field then refuses."""
+    kind, _ = _unwrapped(annotation)
+    kinds = typing.get_args(kind)
+    if NoneType in kinds:
+        return None if text == "None" else _parsed(text, _present(kinds))
+    if typing.get_origin(kind) is tuple and text.strip():
+        parts = text.removeprefix("(").removesuffix(")").split(",")
+        return tuple(_parsed(part.strip(), kinds[0]) for part in parts if part.strip())
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if kind in (int, float) and text.isascii():
+        with contextlib.suppress(ValueError):
+            # A number that float64 rounds to 0 must not pass for the 0 that can mean "off".
+            return kind(text) or (math.ulp(0.0) if Decimal(text) else kind(0))
+    return str(text)
+
+
+def as_tuples(value: Any) -> Any:
+    """``value`` with tuples in place of lists, which JSON does not tell apart, and with Python's
+    numbers in place of NumPy's, which JSON does not have."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+class Section(pydantic.BaseModel):
+    """A part of a config: a frozen class of fields, or of further sections.
+
+    ``section`` is its name on the command line, and empty for the whole config. ``siblings`` are
+    the names of fields beside its own that a user can set there (:class:`Chosen`).
+    """
+
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False
+    )
+    section: ClassVar[str] = ""
+    origin: ClassVar[Any] = None  # the class whose fields these are (``section_of``)
+    siblings: ClassVar[tuple[str, ...]] = ()  # the fields of the section that names this class
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            lines: dict[Any, str] = {}  # one for a field, of which several values may be wrong
+            for e in error.errors():
+                lines.setdefault(e["loc"][:1], _line(type(self), values, e))
+            raise ValueError("; ".join(lines.values())) from None
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _read(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """The value of one field, from the command line, a config file or JSON."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(kind, type) and issubclass(kind, Section) and isinstance(value, Mapping):
+            return kind(**value)
+        value = _parsed(value, kind) if isinstance(value, Override) else as_tuples(value)
+        if _beyond_float32(value):
+            raise ValueError
+        if isinstance(value, tuple) and value and all(isinstance(name, str) for name in value):
+            return tuple(n.strip() for name in value for n in name.split(",") if n.strip())
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _checked(self) -> Self:
+        self.check()
+        return self
+
+    def check(self) -> None:
+        """Raise a ValueError if fields that are valid by themselves do not fit together."""
+
+    @classmethod
+    def name_of(cls, field: str) -> str:
+        """The name of ``field`` on the command line, without ``--config.``."""
+        return f"{cls.section}.{field}" if cls.section else field
+
+    def replace(self, **changes: Any) -> Self:
+        """This section with other values of some fields."""
+        return type(self)(**{**dict(self), **changes})
+
+    def plain(self) -> dict[str, Any]:
+        """The fields in the types of JSON: a section is a dict with sorted names."""
+        return {name: plain(value) for name, value in sorted(self)}
+
+
+def _beyond_float32(value: Any) -> bool:
+    """Whether a number in ``value`` is finite, and 0 or infinite in float32."""
+    each = value if isinstance(value, tuple) else (value,)
+    floats = [abs(v) for v in each if isinstance(v, float) and math.isfinite(v)]
+    return any(0 < v < SMALLEST or v > LARGEST for v in floats)
+
+
+def plain(value: Any) -> Any:
+    """``value`` in the types of JSON."""
+    if isinstance(value, Section):
+        return value.plain()
+    return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _line(kind: type[Section], values: Mapping[str, Any], error: Any) -> str:
+    """The message of one of pydantic's errors for a section made of ``values``."""
+    cause = error.get("ctx", {}).get("error")
+    if not error["loc"]:
+        return str(cause)
+    name = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        return unknown(kind.section, name, [*kind.siblings, *kind.model_fields])
+    found = kind.model_fields[name]
+    of_section = isinstance(found.annotation, type) and issubclass(found.annotation, Section)
+    if cause is not None and str(cause):
+        return str(cause) if of_section else f"{kind.name_of(name)}: {cause}"
+    wanted = "a section" if of_section else needs(found.annotation, found.metadata)
+    if _beyond_float32(error["input"]) or _beyond_float32(_parsed(str(error["input"]), float)):
+        ends = " to ".join(notation(end, ".2g") for end in (SMALLEST, LARGEST))
+        wanted += f", in float32, whose range is {ends}"
+    choices = _choices(found.annotation, found.metadata)
+    return str(refusal(kind.name_of(name), values.get(name), wanted, str(error["input"]), choices))
+
+
+def unknown(section: str, name: str, fields: Collection[str]) -> str:
+    """The message for a field that ``section`` does not have."""
+    where, own = f"config.{section}".rstrip("."), f"{section}.".lstrip(".")
+    names = listed(name, sorted(fields)) or "none"
+    return f"{where} has no field {name}: {hint(name, fields, f'it has {names}', own)}"
+
+
+@functools.cache
+def section_of(
+    kind: Any, section: str, skip: tuple[str, ...], taken: tuple[str, ...] = ()
+) -> type[Section]:
+    """A section with the fields of the dataclass ``kind``, except those in ``skip``.
+
+    The section checks the types, and that numbers are finite and not huge (below 2^16 for integers,
+    at most 1e6 for others). The class checks the ranges when it is made. A field cannot have a name
+    of ``taken``, or of something else that a section has.
+    """
+
+    def annotation(field: dataclasses.Field) -> Any:
+        found: Any = field.type
+        if isinstance(found, str):  # The file has ``from __future__ import annotations``.
+            found = eval(found, vars(sys.modules[kind.__module__]))
+        if typing.get_origin(found) is Annotated:  # The class itself checks the conditions.
+            found = typing.get_args(found)[0]
+            if typing.get_origin(found) is not tuple and float in typing.get_args(found):
+                found = float  # a number of an SDE
+        if typing.get_origin(found) is tuple and typing.get_args(found)[1:] == (Ellipsis,):
+            inner = typing.get_args(found)[0]
+            return tuple.__class_getitem__((_OWN.get(inner, inner), ...))
+        return _OWN.get(found, found)
+
+    fields: dict[str, Any] = {
+        field.name: (annotation(field), field.default)
+        for field in dataclasses.fields(kind)
+        if field.init and field.name not in skip
+    }
+    where = f"{kind.__module__}.{kind.__name__}"
+    for name, (of_field, default) in fields.items():
+        if not _is_plain(of_field):
+            raise ValueError(
+                f"config.{section}: {where} has a field {name} whose type a config has no values "
+                f"for ({of_field}): give its fields types such as float, int, bool or str"
+            )
+        if default is dataclasses.MISSING:
+            raise ValueError(
+                f"config.{section}: {where} has a field {name} without a default: give it one"
+            )
+        if name in taken or hasattr(Section, name):
+            raise ValueError(
+                f"config.{section}: {where} has a field {name}, a name that the section uses "
+                "itself: rename the field"
+            )
+    about = f"The fields of ``{where}``, which explains them."
+    made = pydantic.create_model(where, __base__=Section, __doc__=about, **fields)
+    made.section, made.origin, made.siblings = section, kind, taken
+    return made
+
+
+class Chosen(Section):
+    """A section that names a class in one of its fields, and has the fields of this class too
+    (:func:`section_of`).
+
+    Attributes:
+      choice: the field with the name.
+      parts: the classes by name.
+      skip: fields of the class that a config does not set, or sets by a field of the section.
+    """
+
+    model_config = pydantic.ConfigDict(extra="allow")
+    choice: ClassVar[str] = "name"
+    parts: ClassVar[Mapping[str, Any]] = {}
+    skip: ClassVar[tuple[str, ...]] = ()
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _with_own(cls, values: dict[str, Any]) -> dict[str, Any]:
+        general = {field: values[field] for field in cls.model_fields if field in values}
+        own = {field: value for field, value in values.items() if field not in general}
+        kind = cls.kind_of(values.get(cls.choice, cls.model_fields[cls.choice].default))
+        if kind is None:
+            return general
+        made = section_of(kind, cls.section, cls.skip, tuple(cls.model_fields))
+        return {**general, **dict(made(**cls.relevant(own, made)))}
+
+    @classmethod
+    def kind_of(cls, name: Any) -> Any:
+        """The class called ``name``; None if there is none."""
+        with errors_of(cls.name_of(cls.choice)):
+            return cls.parts[name] if isinstance(name, str) and name in cls.parts else None
+
+    @classmethod
+    def relevant(cls, own: dict[str, Any], made: type[Section]) -> dict[str, Any]:
+        """Those of the values ``own`` that are meant for the class with the fields of ``made``."""
+        return own
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The fields of the class."""
+        return dict(self.model_extra or {})
+
+    def build(self) -> Any:
+        """An object of the class, which refuses fields outside their ranges."""
+        with section_errors(self.section):
+            return self.parts[getattr(self, self.choice)](**self.own)

@@ -1,0 +1,132 @@
+"""``config.optim`` and ``config.dequantizer.optim``: the paper's optimizer.
+
+This is Adam with clipping by the global norm and linear warm-up,
+
+learning rate at step n = lr min(n / warmup, 1)
+"""
+
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import jax
+from absl import logging
+
+from sbml.core.scalars import notation
+from sbml.core.types import Array
+from sbml.program.config.fields import Natural, Section, among, field, refusal
+
+if TYPE_CHECKING:  # Otherwise the functions import it, because --help does not need it.
+    import optax
+
+# The program warns if the initial parameters weigh more than this in the averaged ones.
+MOST_INITIAL = 0.2
+
+
+class Optim(Section):
+    """The optimizer of ``--mode=train``, and the average of the parameters.
+
+    Adam changes each parameter by about the learning rate in a step, so rates above 1 are of no use
+    and not allowed.
+    """
+
+    section: ClassVar[str] = "optim"
+
+    lr: float = field(2e-4, "largest learning rate", gt=0, le=1)
+    warmup: Natural = field(5_000, "number of steps in which the rate rises from 0 to lr")
+    schedule: Annotated[str, among(("constant", "cosine"))] = field(
+        "constant", "the learning rate after the warm-up; cosine: it falls to zero at num_steps"
+    )
+    beta1: float = field(0.9, "decay of the gradient's average per step", ge=0, lt=1)
+    beta2: float = field(0.999, "decay of the squared gradient's average per step", ge=0, lt=1)
+    eps: float = field(1e-8, "added to the root of the second moment", ge=1e-30, le=1)
+    weight_decay: float = field(
+        0.0,
+        "decoupled weight decay (AdamW): each step also subtracts learning rate * weight_decay * "
+        "parameter from the parameter; 0: off",
+        ge=0,
+        le=10,
+    )
+    grad_clip: float = field(
+        1.0,
+        "largest global norm of the gradient of the paper's loss, which is a mean over the "
+        "dimensions of an image for the score, and a sum for the dequantizer; 0: off, or else at "
+        "least 10^4 eps",
+        ge=0,
+        le=1e9,
+    )
+    ema: float = field(0.9999, "decay of the parameters' average per step", ge=0, lt=1)
+
+    def check(self) -> None:
+        """Check that ``eps`` does not hide the clipped gradient. If its norm is spread evenly over
+        10^8 parameters, each entry is 10^-4 of the norm, and Adam's step is |g| / (|g| + eps) of
+        the rate."""
+        if 0 < self.grad_clip < 1e4 * self.eps:
+            needs = f"0, which is off, or at least 1e4 * {self.name_of('eps')}: Adam's steps vanish"
+            raise refusal(self.name_of("grad_clip"), self.grad_clip, f"{needs} below it")
+
+    def warn_if_short(self, num_steps: int) -> None:
+        """Log warnings if a run of ``num_steps`` does not fit the warm-up or the average."""
+        if num_steps <= self.warmup:
+            logging.warning(
+                "%s.warmup=%d in a run of %d steps: the learning rate only rises, to %s; set "
+                "--config.%s.warmup=%d",
+                *(self.section, self.warmup, num_steps),
+                notation(self.lr * num_steps / self.warmup, "g"),
+                *(self.section, num_steps // 10),
+            )
+        if (initial := self.ema**num_steps) > MOST_INITIAL:
+            logging.warning(
+                "%s.ema=%g in a run of %d steps: initial values have a weight of %.0f%% in the "
+                "averaged parameters, which are evaluated and sampled; set --config.%s.ema=%.7g",
+                *(self.section, self.ema, num_steps, 100 * initial),
+                *(self.section, max(0.0, 1 - 6.5 / num_steps)),
+            )
+
+    def rate(self, num_steps: int) -> "optax.Schedule":
+        """The learning rate by step in a run of ``num_steps``.
+
+        If ``num_steps`` is not above ``warmup``, the run ends before a cosine begins.
+        """
+        import optax
+
+        if self.schedule == "cosine" and self.warmup < num_steps:
+            return optax.warmup_cosine_decay_schedule(0.0, self.lr, self.warmup, num_steps)
+        if self.warmup:
+            return optax.linear_schedule(0.0, self.lr, self.warmup)
+        return optax.constant_schedule(self.lr)
+
+    def transformation(self, num_steps: int, unit: float) -> "optax.GradientTransformation":
+        """The optimizer of a run of ``num_steps``: clipping, Adam, decoupled weight decay.
+
+        ``unit`` is the value of the loss here when the paper's loss is 1. The norm is clipped at
+        ``grad_clip * unit``, which equals clipping the paper's gradient at ``grad_clip``. Only
+        matrices and kernels decay; biases, scales of norms, position embeddings (these may have as
+        many axes as an image) and the fixed Fourier frequencies do not.
+        """
+
+        import optax
+
+        def decayed(path: jax.tree_util.KeyPath, update: Array, param: Array) -> Array:
+            name = str(getattr(path[-1], "key", ""))
+            if param.ndim < 2 or name.startswith(("scale", "bias", "pos_emb")):
+                return update
+            return update + self.weight_decay * param
+
+        def decay(updates: optax.Updates, params: optax.Params) -> optax.Updates:
+            return jax.tree_util.tree_map_with_path(decayed, updates, params)
+
+        # The state has one structure for all settings, so a run can continue with other settings.
+        clip = self.grad_clip * unit
+        return optax.chain(
+            optax.clip_by_global_norm(clip) if clip else optax.identity(),
+            optax.scale_by_adam(self.beta1, self.beta2, self.eps),
+            optax.stateless(decay) if self.weight_decay else optax.identity(),
+            optax.scale_by_learning_rate(self.rate(num_steps)),
+        )
+
+
+class DequantizerOptim(Optim):
+    """The optimizer of the dequantizer, with a faster average than the score's."""
+
+    section: ClassVar[str] = "dequantizer.optim"
+
+    ema: float = field(0.99, "decay of the parameters' average per step", ge=0, lt=1)

@@ -1,0 +1,113 @@
+"""The loss of the network at each noise level, for training images and for images of the split.
+
+    L(lambda) = E 1/2 |z - e(x_t, t)|^2 / (d log 2),      lambda = log SNR(t)
+
+in bits/dim per unit of lambda, so that the integral of L is the term ``diffusion`` of the bound. It
+is estimated in equal bins of lambda. With a Gaussian control (``sbml.bound``) the draws are
+differences from the error of the control, whose own mean in a bin has a closed form.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbml import dequantizers
+from sbml.core import bits
+from sbml.core.streams import stream
+from sbml.data import ImageSet, spread
+from sbml.density.estimators.base import Target
+from sbml.density.estimators.bound import Estimator
+from sbml.likelihood import bound
+from sbml.likelihood.bound import GaussianControl
+from sbml.program.evaluation.cells import CellRun
+from sbml.program.evaluation.inputs import Inputs
+from sbml.program.runtime.parts import compute_once
+from sbml.score import NetworkScore
+from sbml.sdes.times import Importance
+
+BINS = 16  # at most
+
+
+def measure(inputs: Inputs, run: CellRun) -> dict[str, Any]:
+    """L of at most ``eval.bound.level_images`` images of each kind, for the bound ``run``.
+
+    Returns:
+      The ``edges (bins + 1,)`` of the bins in lambda, beginning at the smallest time; L ``(bins,)``
+      of the images of the ``split`` and of those of ``train``, each with its standard error; with
+      a control also its error ``linear``, for the images of the split; and the number of ``images``
+      of each kind.
+    """
+    measured, config = run.measurement, inputs.experiment.config.eval
+    assert isinstance(measured.estimator, Estimator)
+    # Both kinds have the same number of images, so that one program is compiled.
+    count = min(config.bound.level_images, len(inputs.train), len(measured.ids))
+
+    def chosen(images: ImageSet, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        ids, labels = ids[spread(len(ids), count)], inputs.labels(images)
+        return images.images[ids], None if labels is None else labels[ids]
+
+    images = {
+        "train": chosen(inputs.train, np.arange(len(inputs.train))),
+        "split": chosen(inputs.images, measured.ids),
+    }
+    control, linear = measured.estimator.reduction.control, inputs.control
+    bounded = inputs.score, measured.target, run.dequantization.params
+    given = *bounded, images, control, linear, config.seed
+    stored = compute_once(inputs.workdir / "eval", "levels", _curves, *given)
+    return {name: value.tolist() for name, value in stored.items()} | {"images": count}
+
+
+def _curves(
+    score: NetworkScore,
+    target: Target,
+    params: Any,
+    images: dict[str, tuple[np.ndarray, np.ndarray | None]],
+    control: GaussianControl | None,
+    linear: GaussianControl | None,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """The numbers of :func:`measure` for the ``images`` and classes of ``train`` and of ``split``.
+
+    ``params`` are those of the target's dequantizer. ``control`` has the coefficients of the pilot,
+    and ``linear`` is the Gaussian without them.
+    """
+    assert target.levels is not None  # The images are integers.
+    sde, levels, (count, *shape) = target.sde, target.levels, images["train"][0].shape
+    unit = bits.nats_to_bits(1.0, (math.prod(shape),))
+    bins = min(BINS, 4 * count)  # Each image has 8 draws, and each bin at least 2.
+
+    def curve(score: NetworkScore, pixels: Any, condition: Any, key: Any) -> dict[str, Any]:
+        x = bits.to_model(pixels, 0.5, levels)
+        if not dequantizers.has_bound(target.dequantizer):
+            keys = jax.random.split(stream(key, "dequantization"), count)
+            x, _ = jax.vmap(target.sample, (None, 0, 0))(params, pixels, keys)
+        t, _ = Importance(sde, target.eps).at(jnp.arange(bins + 1) / bins)
+        edges = sde.log_snr(t)
+        options: Any = {"eps": target.eps, "control": control, "bins": bins}
+        found = bound.profile(score, sde, x, key, condition=condition, **options)
+
+        def mean_error(control: Any) -> Any:
+            """The mean of the control's error in each bin, in closed form."""
+            if control is None:
+                return jnp.zeros(bins)
+            each = jax.vmap(lambda x: jax.vmap(lambda t: control.integral(sde, x, t))(t))(x)
+            return jnp.diff(each.mean(0)) / jnp.diff(edges)
+
+        return {
+            "edges": edges,
+            "mean": unit * (found.mean + mean_error(control)),
+            "stderr": unit * jnp.sqrt(found.variance / found.draws),
+            "linear": unit * mean_error(linear),
+        }
+
+    run, key = jax.jit(curve), stream(jax.random.key(seed), "noise levels")
+    both = zip(("train", "split"), jax.random.split(key), strict=True)
+    of = {kind: run(score, *images[kind], key) for kind, key in both}
+    found = {"edges": of["split"]["edges"]}
+    for kind, curves in of.items():
+        found |= {kind: curves["mean"], f"{kind}_stderr": curves["stderr"]}
+    found |= {} if control is None else {"linear": of["split"]["linear"]}
+    return {name: np.asarray(value, np.float64) for name, value in found.items()}

@@ -1,0 +1,151 @@
+"""The table of an evaluation: the columns of its cells, and the record of how they were made."""
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sbml import data
+from sbml.density.estimate import Columns, Estimate
+from sbml.program.config import compatibility
+from sbml.program.evaluation import baselines, classifier
+from sbml.program.evaluation.cells import CellRun
+from sbml.program.evaluation.inputs import Dequantization, Inputs
+from sbml.program.report.result import Result
+from sbml.program.runtime.trees import table_crc32
+from sbml.program.runtime.versions import versions
+from sbml.program.runtime.workdir import PER_IMAGE
+from sbml.statistics.intervals import mean_interval
+
+
+def columns(
+    inputs: Inputs, runs: Sequence[CellRun], numbers: Sequence[Estimate]
+) -> dict[str, Columns]:
+    """The columns of all cells by the names of their files.
+
+    ``per_image.npz`` has those of the cells with the most images. A cell with fewer images, such as
+    one with K > 1, has a file of its own.
+    """
+    ids = max((run.measurement.ids for run in runs), key=len)
+    shown: Columns = {"id": ids}
+    tables = {PER_IMAGE: shown}
+    for run, number in zip(runs, numbers, strict=True):
+        own = {**number.terms, "bits_per_dim": number.values, "nfe": number.nfe}
+        named = {f"{run.cell.name}_{name}": column for name, column in own.items()}
+        if np.array_equal(run.measurement.ids, ids):
+            shown.update(named)
+        else:
+            tables[f"per_image_{run.cell.name}.npz"] = {"id": run.measurement.ids, **named}
+    if inputs.images.ids:
+        shown["name"] = np.asarray(inputs.images.ids)[ids]
+    if inputs.experiment.adapter.classes and inputs.images.labels is not None:
+        shown["class"] = inputs.images.labels[ids]
+    return tables
+
+
+def evaluation(
+    inputs: Inputs,
+    results: Sequence[Result],
+    tables: Mapping[str, Columns],
+    warnings: Sequence[str],
+) -> dict[str, Any]:
+    """The content of ``evaluation.json``: results, baselines, warnings, and what they depend on."""
+    restored, train, experiment = inputs.restored, inputs.train, inputs.experiment
+    pixels = inputs.images.images[tables[PER_IMAGE]["id"]]
+    simple, left_out = baselines.all_of(train.images, pixels, train.levels)
+    intervals = {name: mean_interval(values) for name, values in simple.items()}
+    # An evaluation does not use the settings of the training, so those that it was given can be
+    # wrong. The stored config therefore has the settings of the checkpoint.
+    given, asked = restored.metadata["config"], experiment.config.plain()
+    data = {name: given["data"][name] for name in ("dequantization", "flip")}
+    sections = {name: given[name] for name in ("seed", "training", "optim")}
+    split, classes = experiment.config.eval.split, restored.metadata.get("classes")
+    return {
+        "title": inputs.workdir.name,
+        "results": [result.plain() for result in results],
+        "baselines": [
+            {"name": name, "bits_per_dim": i.mean, "ci95": i.ci95, "interval": list(i.bounds)}
+            for name, i in intervals.items()
+        ],
+        **({"baselines_left_out": left_out} if left_out else {}),
+        "warnings": [*warnings],
+        "model": {
+            "name": experiment.config.model.name,
+            "parameters": experiment.parameter_count(),
+        },
+        **({"classes": classes} if classes else {}),
+        "checkpoint": {
+            "step": restored.step,
+            "parameters_crc32": inputs.parameters_crc32,
+        },
+        "data": {"train": train.fingerprint, split: inputs.images.fingerprint},
+        "config": {**asked, **sections, "data": {**asked["data"], **data}},
+        "tables": {name: table_crc32(each) for name, each in tables.items()},
+        "command": shlex.join(["python", "-m", "sbml.main", *sys.argv[1:]]),
+        "versions": versions(),
+    }
+
+
+def cautions(inputs: Inputs, dequantizations: Mapping[str, Dequantization]) -> list[str]:
+    """Warnings before the evaluation: a damaged checkpoint; a model that was trained on other data,
+    other times, or without dequantization; dequantizers that do not fit it; files that are not
+    used and images that are not evaluated; training images that are evaluated; cautions of the
+    image sets."""
+    restored, images, train = inputs.restored, inputs.images, inputs.train
+    metadata = restored.metadata
+    trained_on = metadata["config"]["data"]["dequantization"]
+    found = [f"damaged, so an older checkpoint was taken: {r}" for r in restored.damaged]
+    found += compatibility.other_data(metadata, train)
+    found += compatibility.unseen_times(metadata, inputs.experiment.eval_eps)
+    if trained_on == "none":
+        found.append(
+            "the model was trained on k / (levels - 1) without dequantization, and is evaluated "
+            "on (k + u) / levels: this mismatch increases bits/dim "
+            "(data.dequantization=uniform trains on the data that are evaluated)"
+        )
+    if classes := inputs.experiment.adapter.classes:
+        found.append(
+            f"each number is conditional on the label of its image ({classes} classes): do not "
+            "compare them with those of models without classes"
+        )
+    if reason := classifier.why_none(inputs):
+        found.append(reason)
+    loose = "The number is a valid but loose bound"
+    for name, dequantizer in dequantizations.items():
+        if dequantizer.model.at_noise and trained_on == "uniform":
+            found.append(
+                f"{name}: the model was trained on uniformly dequantized images, but this "
+                f"dequantizer puts noise around bin centres. {loose}: evaluate with "
+                "--config.eval.dequantizers=uniform, or train with "
+                "--config.data.dequantization=centre"
+            )
+        if not dequantizer.model.at_noise and inputs.knows_centres:
+            found.append(
+                f"{name}: the model was trained on bin centres, but this dequantizer needs its "
+                f"density in the whole bins. {loose}: evaluate with "
+                "--config.eval.dequantizers=truncated_normal, or train with "
+                "--config.data.dequantization=uniform"
+            )
+        if dequantizer.restored is not None:
+            score = dequantizer.restored.metadata["score"]
+            if score["crc32"] != inputs.parameters_crc32:
+                found.append(
+                    f"{name}: trained for another score (step {score['step']}). {loose}: train "
+                    "the dequantizer again with --mode=train_dequantizer"
+                )
+    for split in {found.skipped: found for found in (images, train)}.values():
+        if split.skipped:
+            paths, count = "; ".join(split.skipped), len(split.skipped)
+            files = "file is" if count == 1 else "files are"
+            found.append(f"{count} {split.split} {files} not used: {paths}")
+    if images.split != train.split:
+        found.append(data.copies(images.images, train.images, f"images ({images.split})"))
+    if (count := len(inputs.ids())) < len(images):
+        sample = "the first" if inputs.experiment.config.eval.in_order else "a random sample of"
+        found.append(f"{sample} {count} of {len(images)} images (eval.max_images)")
+    # The caution of a set with scenes is about the confidence interval. The interval is that of the
+    # evaluated images, so this caution of the training images is left out.
+    of_sets = dict.fromkeys([images.caution, train.caution if train.scenes is None else ""])
+    return [*filter(None, [*found, *of_sets])]

@@ -1,0 +1,3 @@
+"""Another name of ``--mode=verify``: ``--mode=audit``."""
+
+from sbml.program.modes.verify import run as run

@@ -1,0 +1,107 @@
+"""Codes images in a file about as long as their bound: ``--mode=compress [--source=FOLDER]``."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import logging
+
+from sbml.codec import CodedFileError, bits_back, file
+from sbml.core.progress import Bar
+from sbml.program.config.build import Experiment
+from sbml.program.config.trained import Trained
+from sbml.program.evaluation import coding
+from sbml.program.evaluation.inputs import Inputs
+from sbml.program.runtime.parts import Resumable
+from sbml.program.runtime.preemption import Preemption
+from sbml.program.runtime.workdir import CODEC, IMAGES, Workdir
+
+
+def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
+    """Check that the model has no classes, the coder is installed, and there is one process."""
+    experiment.refuse_classes("compress")
+    coding.check("compress")
+
+
+def run(trained: Trained, preemption: Preemption, source: str = "") -> Workdir:
+    """Code images of ``eval.split``, or all images of the folder ``source``, in ``images.sbml``.
+
+    A decoder needs the same model. A killed run continues from its last stored state. Writes
+    ``codec.json`` with the lengths in bits/dim. A file ``images.sbml`` of other images is not
+    overwritten.
+    """
+    if source and not Path(source).is_dir():
+        raise ValueError(f"--source={source} is no folder: give a folder of images")
+    experiment, workdir, start = trained.experiment, trained.workdir, time.perf_counter()
+    config = experiment.config
+    inputs = Inputs.of_split(trained, config.eval.split, preemption)
+    if source:
+        pixels = coding.read_folder(Path(source), experiment.shape, experiment.levels)
+    else:
+        pixels = inputs.images.images[inputs.ids(config.codec.num_images)]
+    chain = coding.encoder_chain(inputs)
+    lanes = min(config.codec.lanes, len(pixels))
+    codec, made_by = coding.codec_of(trained, chain, lanes)
+    header, _ = file.packed(codec, pixels, bits_back.first_state(codec), made_by)
+    _check_images(workdir, header.pixels_crc32)
+    resumable = Resumable(workdir / "codec", "encode", header.model_dump())
+    stored = resumable.load()
+    state = bits_back.State.of_arrays(stored) if stored else bits_back.first_state(codec)
+    initial = 32 * codec.initial_words * lanes
+
+    def done() -> int:
+        return min(state.number * lanes, len(pixels))
+
+    with Bar("compress", "image", len(pixels), done()) as bar:
+        for after in bits_back.encode(codec, pixels, state):
+            state = after
+            net = (32 * state.words.size - initial) / (done() * pixels[0].size)
+            bar.update(done() - bar.n, f"net {net:.3f} bits/dim")
+            resumable.store(state._asdict(), now=preemption.requested())
+            preemption.leave_if_requested("the images so far are stored")
+    header, content = file.packed(codec, pixels, state, made_by)
+    workdir.write_bytes(IMAGES, content)
+    bound = coding.bound_of(inputs, codec, pixels)
+    lengths = {
+        **coding.lengths(codec, state.words.size, len(content), pixels.size),
+        "bound": bound.mean,
+        "bound_stderr": bound.this_set.stderr,
+        "bound_ci95": bound.this_set.ci95,
+    }
+    warnings = [f"bound: {each}" for each in bound.warnings("eval.bound.")]
+    counts = {"count": len(pixels), "bytes": len(content), "steps": chain.steps, "lanes": lanes}
+    checksum = {
+        "parameters_crc32": trained.parameters_crc32,
+        "pixels_crc32": header.pixels_crc32,
+        "restored": 0,
+    }
+    workdir.write(CODEC, {**counts, **lengths, **checksum, "warnings": warnings})
+    resumable.remove()
+    print(
+        f"compressed: {len(pixels)} of {len(pixels)} images to {workdir / IMAGES}\n"
+        f"  on disk  {lengths['disk']:.4f} bits/dim, {len(content):,} bytes: net "
+        f"{lengths['net']:.4f}, initial bits of {lanes} lanes {lengths['initial']:.4f}, header "
+        f"{lengths['header']:.4f}\n"
+        f"  bound    {bound.mean:.4f} +- {bound.this_set.ci95:.4f} bits/dim in {chain.steps} steps "
+        "for these images"
+    )
+    for warning in warnings:
+        logging.warning(warning)
+    print(f"compressed in {time.perf_counter() - start:.0f} s")
+    return workdir
+
+
+def _check_images(workdir: Workdir, pixels_crc32: int) -> None:
+    """Check that ``images.sbml``, if there is one, holds the images with this checksum. The file
+    could be the only copy of other ones."""
+    if not workdir.has(IMAGES):
+        return
+    try:
+        same = file.from_bytes((workdir / IMAGES).read_bytes())[0].pixels_crc32 == pixels_crc32
+    except CodedFileError:
+        same = False
+    if not same:
+        raise ValueError(
+            f"{workdir / IMAGES} holds other images, or is damaged, and would be overwritten: move "
+            "it to another folder, or remove it"
+        )

@@ -1,0 +1,518 @@
+"""The report of a run as two files: ``report.json`` for programs, ``report.html`` for people.
+
+The page is one file that opens offline and loads nothing. It shows the content of ``report.json``,
+with figures from the per-image table. All numbers come from the caller; only their means, extremes
+and differences are computed here. Values that are not finite are counted and shown, never left out.
+"""
+
+import base64
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypedDict
+
+import jinja2
+import numpy as np
+from etils import epath
+from markupsafe import Markup
+from matplotlib.axes import Axes
+
+from sbml.core.files import write_whole
+from sbml.core.scalars import notation
+from sbml.core.types import Json
+from sbml.density.estimators import Cell
+from sbml.program.report import pictures, plots
+from sbml.program.report.result import ROWS, strict, with_half_widths
+from sbml.statistics.intervals import HEAVY
+
+DOCS = "https://sbml-jax.github.io/sbml/latest/"
+# The sections of the documentation that explain the terms of a number.
+OF_ODE, OF_BOUND = (f"explanations/bits.html#the-terms-of-the-{name}" for name in ("ode", "bound"))
+PAGE_WIDTH = 1056  # pixels, as in report.css
+STRIP_IMAGES, SAMPLE_COLUMNS, SAMPLE_ROWS = 10, 16, 8
+PIXEL_BUDGET = 150_000  # bytes before compression, for each strip and half the sample grid
+
+KIND = ("estimator", "dequantizer", "num_importance")  # what :func:`label` names
+# The names of the estimators on the page: in headings, and in the headline.
+ESTIMATORS = {"ode": ("ODE", "probability-flow ODE"), "bound": ("bound", "evidence bound")}
+DETAILS = {"data": "Data fingerprints", "config": "Configuration"}
+SHOWN_ELSEWHERE = {
+    *("title", "results", "baselines", "baselines_left_out", "warnings", "command", "missing"),
+    *("gap", "noise_levels", "running", "provenance", "verdict"),
+}
+
+
+class Figure(TypedDict):
+    """A figure for the templates: the SVG, and the texts beside it and in its place."""
+
+    svg: Markup
+    alt: str
+    caption: str
+
+
+def write(
+    directory: epath.Path,
+    content: Json,
+    *,
+    table: Mapping[str, np.ndarray] | None,
+    images: np.ndarray | None,
+    levels: int,
+    curves: Sequence[Mapping[str, Any]],
+    samples: np.ndarray | None,
+    pictures: Sequence[tuple[str, bytes]] = (),
+) -> None:
+    """Write ``report.json`` and ``report.html`` into ``directory``, each whole or not at all.
+
+    Args:
+      directory: the folder, which is made if it is missing.
+      content: ``title``, ``results`` (a list of mappings with ``bits_per_dim``, ``interval``,
+        ``n`` …; the first is the headline), and optionally ``baselines``, ``warnings``,
+        ``command``, ``model``, ``checkpoint``, ``quality`` and ``classifier`` (names to numbers),
+        ``codec`` (the content of codec.json), ``baselines_left_out`` (names to reasons),
+        ``training`` (with a ``line`` and the step of the newest ``checkpoint``), ``running`` (modes
+        that run at this moment, to their processes) and ``missing`` (names to the commands that
+        make these parts). If the model has classes, ``classes`` are
+        their C names, and sample i has the class i modulo C. The page lists other entries under
+        their own names.
+      table: columns (n,) with a row for each image; None for a run that was not evaluated, whose
+        ``results`` are empty. It needs ``id`` and at least one column whose name ends in
+        ``bits_per_dim``, and may have columns that end in ``nfe``, numbers of network evaluations.
+        The text before the ending is the title of the figure. ``name``, if there is such a column,
+        is shown in place of the id, and ``class`` beside it.
+      images: the images of the split, uint8 (N, h, w, c), at the places ``id``; None without a
+        table.
+      levels: the number of levels L; pixels are 0 … L - 1.
+      curves: mappings with ``step``, ``loss`` and perhaps ``images_per_s`` and ``seconds`` since
+        training began. If a step occurs twice, the later one counts.
+      samples: uint8 (m, h, w, c), or None.
+      pictures: captions and the bytes of PNG files, shown after the samples.
+
+    Raises:
+      ValueError: JSON has no type for a value. Nothing has been written then.
+    """
+    report: Json = strict(content)
+    results, progress = report["results"], report.get("training", {})
+    if results:
+        report["verdict"] = verdict(results[0])[0]
+    losses = training(curves), validation(curves), levels_figure(report)
+    evaluation, warnings = None, [*report.get("warnings", [])]
+    if table is not None and images is not None:
+        evaluation = _evaluation(report, table, images, levels)
+        bits = _ending(table, "bits_per_dim")
+        count = sum(int((~np.isfinite(column)).sum()) for column in bits.values())
+        stated = sum(int(result.get("nonfinite") or 0) for result in results)
+        if count > stated:
+            warnings.append(
+                f"{count:,} bits/dim in the per-image table are not finite; the results count "
+                f"{stated:,}."
+            )
+    model = report.get("model", {})
+    facts = {
+        "Model": model.get("name"),
+        "Parameters": model.get("parameters"),
+        "Checkpoint, step": report.get("checkpoint", {"step": progress.get("checkpoint")})["step"],
+    }
+    # All values with all digits, except for those that the page shows elsewhere.
+    details = {}
+    if results:
+        numbered = {f"{row}. {label(result)}": result for row, result in enumerate(results, 1)}
+        details["Every number of the results"] = flat(numbered)
+    for name, value in report.items():
+        if name not in SHOWN_ELSEWHERE:
+            heading = DETAILS.get(name, name.replace("_", " ").capitalize())
+            details[heading] = flat({name: value}, name)
+    page = (
+        environment()
+        .get_template("report.html")
+        .render(
+            title=report.get("title", "Evaluation"),
+            warnings=warnings,
+            progress=progress.get("line"),
+            results=evaluation,
+            facts={name: value for name, value in facts.items() if value is not None},
+            running=report.get("running", {}),
+            missing=report.get("missing", {}),
+            without_checkpoint=bool(progress) and progress["checkpoint"] is None,
+            gap=report.get("gap"),
+            of_levels=counted(report.get("noise_levels", {})),
+            losses=list(filter(None, losses)),
+            copied=copied(report.get("title", ""), results),
+            provenance=report.get("provenance", {}),
+            samples=None
+            if samples is None
+            else _samples(samples, levels, report.get("classes", [])),
+            quality=report.get("quality", {}),
+            classifier=with_half_widths(report.get("classifier", {}), "± "),
+            codec=report.get("codec"),
+            pictures=[{"png": data_url(png), "alt": caption} for caption, png in pictures],
+            command=report.get("command"),
+            details=details,
+        )
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    numbers = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False)
+    write_whole(directory / "report.json", f"{numbers}\n".encode())
+    write_whole(directory / "report.html", page.encode())
+
+
+def _evaluation(
+    report: Json, table: Mapping[str, np.ndarray], images: np.ndarray, levels: int
+) -> dict[str, object]:
+    """What the template shows of the results and of the evaluated images."""
+    results, baselines = report["results"], report.get("baselines", [])
+    first, bits = results[0], _ending(table, "bits_per_dim")
+    # The headline and the best baseline, if both are finite and of the same images.
+    finite = [row for row in baselines if not isinstance(row["bits_per_dim"], str)]
+    versus = ""
+    if finite and not isinstance(first["bits_per_dim"], str) and first.get("n") == len(table["id"]):
+        best = min(finite, key=lambda row: row["bits_per_dim"])
+        gap = first["bits_per_dim"] - best["bits_per_dim"]
+        side = "below" if gap < 0 else "above"
+        versus = f"{abs(gap):.3f} bits/dim {side} the best baseline, {best['name']}."
+    comparison, rows = None, [row(label(result), result, ours=True) for result in results]
+    rows += [row(each["name"], each, ours=False) for each in baselines]
+    if len(rows) > 1:
+        left_out = report.get("baselines_left_out", {}).items()
+        caption = ["Bars: 95% intervals. Blue: this model; grey: baselines."]
+        caption += [f"Left out: {name}, because {reason}." for name, reason in left_out]
+        unit = "bits/dim, lower is better"
+        comparison = rows_figure("Comparison", rows, unit, " ".join(caption))
+    # Terms that are 0 in all results are left out, such as "importance" if K = 1.
+    terms = [(row, *item) for row in results for item in row.get("terms", {}).items()]
+    shown = {name for _, name, value in terms if value} | {"prior"}
+    of_ode = {name for row, name, _ in terms if row.get("estimator") == "ode"}
+    nfe = {name: column for name, column in _ending(table, "nfe").items() if np.ptp(column) > 0}
+    kinds = [[r.get(key) for key in KIND] for r in results]
+    cells = [Cell(str(kind), str(noise), draws or 1).name for kind, noise, draws in kinds]
+    named = dict(zip(cells, map(label, results), strict=True))
+    histograms = [
+        _histogram(named.get(name, name), f"{quantity} of an image", column)
+        for quantity, columns in (("bits/dim", bits), ("network evaluations", nfe))
+        for name, column in columns.items()
+        if column.size > 1
+    ]
+    best_images, worst_images = _extremes(table, next(iter(bits.values())), images, levels)
+    return {
+        "first": first,
+        "verdict": verdict(first),
+        "versus": versus,
+        "comparison": comparison,
+        "rows": {
+            key: shown
+            for key, shown in ROWS.items()
+            if any(result.get(key) is not None for result in results)
+        },
+        "numbers": results,
+        "terms": {
+            name: OF_ODE if name in of_ode else OF_BOUND for _, name, _ in terms if name in shown
+        },
+        "histograms": histograms,
+        "best": best_images,
+        "worst": worst_images,
+    }
+
+
+def environment() -> jinja2.Environment:
+    """The environment of the templates in this folder; all values that they show are escaped."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("sbml.program", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.globals |= {"text": text, "docs": DOCS}
+    made.filters["label"] = label
+    return made
+
+
+def text(value: object, form: str = "") -> str:
+    """A value of the report as text. ``form`` is the format of a float: "bits" for bits/dim, or a
+    format of Python."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if isinstance(value, list):
+        return " to ".join(text(item, form) for item in value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return json.dumps(value)
+        bits_form = ".3f" if 1e-3 <= abs(value) < 1e5 or value == 0 else ".3g"
+        return notation(value, bits_form if form == "bits" else form)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)
+
+
+def flat(value: Mapping[str, object], top: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} as {"a.b": 1}; lists are not changed, and the name ``top`` is omitted."""
+    leaves: dict[str, object] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            prefix = "" if key == top else f"{key}."
+            leaves |= {f"{prefix}{name}": leaf for name, leaf in flat(item).items()}
+        else:
+            leaves[key] = item
+    return leaves
+
+
+def rows_figure(
+    name: str, rows: Sequence[plots.Row], unit: str, caption: str, origin: float | None = None
+) -> Figure:
+    """A figure of ``plots.rows``, with all rows in its alternative text."""
+    draw = partial(plots.rows, rows=rows, unit=unit, origin=origin)
+    height = plots.ROWS_HEIGHT + plots.ROW_HEIGHT * len(rows)
+    each = "; ".join(f"{row.label} {row.text}" for row in rows)
+    drawn = figure(name, draw, caption, height=height)
+    return {**drawn, "alt": f"{name}, {unit}: {each}."}
+
+
+def row(label: str, number: Json, *, ours: bool, key: str = "bits_per_dim") -> plots.Row:
+    """The value ``key`` of ``number`` with its 95% interval, in blue if it is of this model."""
+    value, half = float(number[key]), float(number.get("ci95") or 0)
+    low, high = map(float, number.get("interval") or (value - half, value + half))
+    if not math.isfinite(value):
+        return plots.Row(label, value, low, high, "not finite", plots.WARN)
+    colour = plots.ACCENT if ours else plots.MUTED
+    return plots.Row(label, value, low, high, f"{value:z.3f}", colour)
+
+
+def label(result: Json, whole: bool = False) -> str:
+    """The name of a result on the page, in full words if ``whole``."""
+    name, noise = (str(result.get(key, "")) for key in ("estimator", "dequantizer"))
+    words = [ESTIMATORS.get(name, (name, name))[whole]]
+    words += [noise.replace("_", " ") + " dequantization" * whole] if noise else []
+    if (draws := result.get("num_importance") or 1) > 1:
+        words.append(f"K = {draws}")
+    return ", ".join(filter(None, words)) or "result"
+
+
+def verdict(result: Json) -> tuple[str, bool]:
+    """What is known of how far a number can be trusted, in words, and whether all of it is good."""
+    n, lost, k, far = (result.get(key) for key in ("n", "nonfinite", "tail", "outliers"))
+    found = [("converged", "NOT CONVERGED", result.get("converged"))]
+    if lost is not None:
+        found.append((f"all {n:,} images finite", f"{lost:,} of {n:,} images NOT FINITE", not lost))
+    if k is not None:  # a number, or the text "Infinity"
+        found.append(("no heavy tail", f"HEAVY TAIL, Pareto's k {float(k):.2f}", float(k) <= HEAVY))
+    if far is not None:
+        found.append(("no outliers", f"outliers: {len(far):,}", not far))
+    bad = [no for _, no, good in found if good is False]
+    text = ", ".join(bad + [yes for yes, _, good in found if good])
+    return text[:1].upper() + text[1:], not bad
+
+
+def copied(run: str, results: Sequence[Json]) -> dict[str, str]:
+    """The results as rows to copy, for LaTeX, in Markdown and as CSV.
+
+    The columns are run, estimator, dequantizer, K, bits/dim, its 95% interval, n and eps. In LaTeX
+    and in Markdown, K has no column: if it is above 1, it stands beside the dequantizer.
+    """
+    names = ["run", "estimator", "dequantizer", "K", "bits_per_dim", "low", "high", "n", "eps"]
+    heads = ["run", "estimator", "dequantizer", "bits/dim", "95% interval", "images", "t"]
+    marked = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    table, rows = io.StringIO(), []
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(names)
+    for result in results:
+        kind, noise = (result.get(key, "") for key in ("estimator", "dequantizer"))
+        draws, eps = result.get("num_importance") or 1, result.get("smallest_time")
+        interval, n = result.get("interval") or [None, None], result.get("n")
+        writer.writerow([run, kind, noise, draws, result["bits_per_dim"], *interval, n, eps])
+        low, high = (text(end, "bits") for end in interval)
+        mantissa, _, exponent = f"{eps or 0:.2e}".partition("e")
+        time = f"{float(mantissa):g}" + (rf" \times 10^{{{int(exponent)}}}" if eps else "")
+        row = [run, kind, noise + (f", K = {draws}" if draws > 1 else "")]
+        bits, own = text(result["bits_per_dim"], "bits"), f"{low} to {high}"
+        cells = [re.sub(r"([|\\<])", r"\\\1", cell) for cell in row]
+        marked.append(f"| {' | '.join([*cells, bits, own, text(n), text(eps, '.3g')])} |")
+        row = [re.sub(r"([#$%&_{}])", r"\\\1", cell) for cell in row]
+        row += [f"${bits}$", f"$[{low}, {high}]$", text(n)]
+        rows.append(" & ".join([*row, f"${time}$"]) + r" \\")
+    shown = {"LaTeX": rows, "Markdown": marked, "CSV": [table.getvalue().rstrip()]}
+    return {name: "\n".join(lines) for name, lines in shown.items()}
+
+
+def levels_figure(report: Json) -> Figure | None:
+    """The figure of the loss at each noise level; None without a bound."""
+    if not (levels := report.get("noise_levels")):
+        return None
+    # A bin with one draw has no standard error: the file has the text "NaN" in its place.
+    values = {name: np.asarray(value, float) for name, value in levels.items()}
+    edges = values["edges"]
+    split = str(report["results"][0].get("split", "held-out"))
+    named = {f"{split} images": "split", "training images": "train", "best linear": "linear"}
+    if split == "train":
+        del named["training images"]
+    curves = {name: values[key] for name, key in named.items() if key in values}
+    areas = [f"{name} {area(edges, curve):.2f}" for name, curve in curves.items()]
+    caption = (
+        "Where the bits of the bound come from: the squared error of the noise prediction at each "
+        "ratio of signal to noise, SNR, whose logarithm is natural. The area below a "
+        f"curve is the term diffusion, in bits/dim: {', '.join(areas)}.{counted(levels)} The best "
+        "linear prediction is that of a Gaussian with the moments of the training images. Bands "
+        "are 1.96 standard errors wide on each side."
+    )
+    errors = {f"{split} images": "split_stderr", "training images": "train_stderr"}
+    bars = {name: 1.96 * values[errors[name]] for name in curves if name in errors}
+    draw = partial(plots.levels, edges=edges, curves=curves, bars=bars)
+    return figure("Loss at each noise level", draw, caption)
+
+
+def counted(levels: Mapping[str, Any]) -> str:
+    """What the losses at the noise ``levels`` are measured on, with a space before it; "" for older
+    evaluations, which do not have the number of images."""
+    if (count := levels.get("images")) is None:
+        return ""
+    return (
+        f" These values are measured on {count:,} images of each kind with other draws than the "
+        "bound, so they may differ from its term."
+    )
+
+
+def area(edges: np.ndarray, curve: np.ndarray) -> float:
+    """The area below a ``curve (bins,)`` of the loss between the ``edges (bins + 1,)``, which fall:
+    the term diffusion, in bits/dim."""
+    return float(-np.diff(edges) @ curve)
+
+
+def figure(
+    name: str,
+    draw: Callable[[Axes], None],
+    caption: str = "",
+    *,
+    width: float = plots.WIDTH,
+    height: float = plots.HEIGHT,
+) -> Figure:
+    """A figure of ``width`` x ``height`` inches with its caption, for the templates; ``name`` and
+    ``draw`` are as in ``plots.svg``."""
+    svg = Markup(plots.svg(name, draw, width, height))
+    return {"svg": svg, "alt": f"{name}. {caption}".strip(), "caption": caption}
+
+
+def _histogram(name: str, quantity: str, values: np.ndarray) -> Figure:
+    """The figure of the ``values`` of a ``quantity`` for the number called ``name``."""
+    finite = values[np.isfinite(values)]
+    caption = f"{values.size:,} images, none finite."
+    if finite.size:
+        caption = (
+            f"{values.size:,} images: mean {finite.mean():.4g}, from "
+            f"{finite.min():.4g} to {finite.max():.4g}."
+        )
+    if 0 < finite.size < values.size:
+        caption += f" {values.size - finite.size:,} not finite, not in this mean."
+    caption = f"{name}. {caption}" if name else caption
+    return figure(
+        f"{name}: {quantity}", partial(plots.histogram, values=values, label=quantity), caption
+    )
+
+
+def training(curves: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """The figure of the loss of a training; None if fewer than two steps are logged."""
+    logged = {point["step"]: point for point in curves if "loss" in point}
+    if len(logged) < 2:
+        return None
+    step = np.array(sorted(logged))
+    loss = np.array([logged[at]["loss"] for at in step], np.float64)
+    window = max(1, len(step) // 40) | 1
+    caption = f"Loss at {len(step):,} logged steps"
+    caption += f" (faint) and the mean of {window} around each." if window > 1 else "."
+    speed = [float(point["images_per_s"]) for point in logged.values() if point.get("images_per_s")]
+    if speed:
+        caption += f" Median speed {np.median(speed):,.4g} images/s."
+    if seconds := logged[max(logged)].get("seconds"):
+        caption += f" Training time {timedelta(seconds=round(seconds))}."
+    draw = partial(plots.training, step=step, loss=loss, window=window)
+    return figure("Training loss", draw, caption)
+
+
+def validation(curves: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """The figure of the bound on validation images during a training; None without two points."""
+    name, error = "validation_bits_per_dim", "validation_stderr"
+    points = {p["step"]: (p[name], p.get(error)) for p in curves if p.get(name) is not None}
+    if len(points) < 2:
+        return None
+    step = np.array(sorted(points))
+    bound, stderr = np.array([points[at] for at in step], np.float64).T
+    finite = np.flatnonzero(np.isfinite(bound))
+    least = ""
+    if finite.size:
+        best = finite[bound[finite].argmin()]
+        least = f" The least is {bound[best]:z.4f} bits/dim, at step {step[best]:,}."
+    caption = (
+        f"Bound on the validation images.{least} The band is 1.96 standard errors of a mean over "
+        "images. All points have the same images and draws, so differences between steps are more "
+        "certain than the band."
+    )
+    draw = partial(plots.validation, step=step, bound=bound, half_width=1.96 * stderr)
+    return figure("Validation", draw, caption)
+
+
+def data_url(png: bytes) -> str:
+    """A PNG file as a data URL for the ``src`` of an ``img``."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def grid_url(images: np.ndarray, levels: int, columns: int, scale: int) -> str:
+    """A grid of ``images`` in at most ``columns`` columns as a data URL."""
+    grid = pictures.image_grid(images, levels, min(columns, len(images)), scale)
+    return data_url(pictures.png(grid))
+
+
+def _extremes(
+    table: Mapping[str, np.ndarray], bits: np.ndarray, images: np.ndarray, levels: int
+) -> list[list[dict[str, object]]]:
+    """The images with the smallest bits/dim, best first, and with the largest, worst first. Values
+    that are not finite count as the worst."""
+    ids, names, classes = np.asarray(table["id"]), table.get("name"), table.get("class")
+    order = np.argsort(np.where(np.isfinite(bits), bits, np.inf), kind="stable")
+    count = min(STRIP_IMAGES, max(1, len(ids) // 2), max(1, PIXEL_BUDGET // images[0].size))
+    scale = max(1, 96 // max(images.shape[1:3]))
+    return [
+        [
+            {
+                "png": grid_url(images[ids[i]][None], levels, 1, scale),
+                "name": str(ids[i] if names is None else names[i]),
+                "caption": f"id {ids[i]}" if names is None else str(names[i]),
+                "class": None if classes is None else str(classes[i]),
+                "bits_per_dim": float(bits[i]),
+                "finite": math.isfinite(bits[i]),
+            }
+            for i in places[:count]
+        ]
+        for places in (order, order[::-1])
+    ]
+
+
+def _samples(samples: np.ndarray, levels: int, classes: Sequence[str]) -> dict[str, str]:
+    """The grid of ``samples``. Sample i has the class i modulo the number of classes, and each
+    column has one class, unless there are more classes than columns."""
+    count = len(classes)
+    scale = max(1, 64 // max(samples.shape[1:3]))
+    columns = min(SAMPLE_COLUMNS, max(1, PAGE_WIDTH // (samples.shape[2] * scale)))
+    columns -= columns % count if 0 < count <= columns else 0
+    rows = min(SAMPLE_ROWS, max(1, 2 * PIXEL_BUDGET // (columns * samples[0].size)))
+    shown = samples[: rows * columns]
+    total = f" of {len(samples):,}" if len(shown) < len(samples) else ""
+    alt = f"{len(shown):,}{total} samples from the model, not selected."
+    if count > columns:
+        alt += f" Sample i is of the class i modulo {count}, counted from 0."
+    elif count:
+        again = ", and these again" if columns > count else ""
+        alt += f" Each column has one class: {', '.join(classes)}{again}."
+    return {"png": grid_url(shown, levels, columns, scale), "alt": alt}
+
+
+def _ending(table: Mapping[str, np.ndarray], ending: str) -> dict[str, np.ndarray]:
+    """The columns whose names have this ending, by the text before it, in float64."""
+    return {
+        name.removesuffix(ending).strip("/_.: "): np.asarray(column, np.float64)
+        for name, column in table.items()
+        if name.endswith(ending)
+    }

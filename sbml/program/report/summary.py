@@ -1,0 +1,317 @@
+"""The report of a work directory, made from the files that the modes have written there.
+
+    eval        evaluation.json, per_image.npz
+    sample      samples.npz
+    eval of training images     train/evaluation.json
+    quality     quality.json, neighbours.png
+    compress, decompress        codec.json
+    train       metrics.jsonl, samples/step_*.png
+
+If there is an evaluation, the modes ``eval``, ``sample``, ``quality`` and ``decompress`` also write
+``report.json`` and ``report.html``. The mode ``report`` writes them even without an evaluation. If
+the evaluation is of other images than those of the config, nothing is written.
+"""
+
+import itertools
+import shlex
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from sbml.core.files import read_png
+from sbml.data import ImageSet
+from sbml.program.report import page
+from sbml.program.report.result import Result
+from sbml.program.runtime import history, metrics
+from sbml.program.runtime.trees import table_crc32, tree_crc32
+from sbml.program.runtime.workdir import (
+    CODEC,
+    EVALUATION,
+    NEIGHBOURS,
+    PER_IMAGE,
+    QUALITY,
+    SAMPLES,
+    Workdir,
+)
+from sbml.statistics.intervals import difference
+
+NEIGHBOURS_CAPTION = "The first samples, and below each the training image nearest to it."
+
+
+def write(
+    workdir: Workdir,
+    load: Callable[[str], ImageSet],
+    known: Mapping[str, Any] | None = None,
+    curves: Sequence[Mapping[str, Any]] | None = None,
+) -> bool:
+    """Write ``report.json`` and ``report.html``, if there is an evaluation or ``known`` is given.
+
+    Args:
+      workdir: the work directory.
+      load: a function from a split to its images. If they cannot be loaded, or are not those that
+        were evaluated, a warning is logged and the report is not written.
+      known: ``model``, ``config`` and ``training`` (its progress) of a run that may have no
+        evaluation. The report then also lists what is missing.
+      curves: the metrics; None to read them.
+
+    Returns:
+      Whether the report was written.
+    """
+    stored: dict[str, Any] = {"title": workdir.name, "results": [], "warnings": []}
+    table, images = None, None
+    if workdir.has(EVALUATION):
+        stored = workdir.read(EVALUATION)
+        split = [Result.read(row) for row in stored["results"]][0].split
+        evaluated = stored["data"].get(split)
+        try:
+            images = load(split)
+            if images.fingerprint != evaluated:
+                raise ValueError(f"it is of {evaluated}, this config has {images.fingerprint}")
+        except (ValueError, OSError, ImportError) as error:
+            logging.warning("the images of %s: %s: the report stays as it is", EVALUATION, error)
+            return False
+        try:
+            table = table_of(workdir, stored)
+        except OtherEvaluation as error:
+            logging.warning("%s: the report stays as it is", error)
+            return False
+    elif known is None:
+        return False
+    content: dict[str, Any] = {**(known or {}), **stored}
+    warnings, checkpoint = [*stored["warnings"]], content.get("checkpoint", {})
+    newest = content.get("training", {}).get("checkpoint") or 0
+    trained_further = newest > checkpoint.get("step", newest)
+    if trained_further:
+        warning = (
+            f"the results are those of step {checkpoint['step']}, but the newest checkpoint is of "
+            f"step {newest}: evaluate it (--mode=eval)"
+        )
+        logging.warning("%s", warning)
+        warnings.insert(0, warning)
+    if (codec := codec_of(workdir, checkpoint)) is not None:
+        content["codec"] = codec
+        warnings += codec.get("warnings", [])
+    samples, pictures = samples_of(workdir, checkpoint), []
+    if samples is not None:
+        count, failed = len(samples["images"]), int(np.sum(samples["failed"]))
+        content["samples"] = {
+            "count": count,
+            "nfe_mean": float(samples["nfe"].mean()),
+            "nfe_max": int(samples["nfe"].max()),
+            "sampler": str(samples["sampler"]),
+            **({} if checkpoint else {"step": int(samples["step"])}),
+        }
+        if failed:
+            warnings.append(f"{failed} of {count} samples are not finite")
+        if (quality := quality_of(workdir, samples)) is not None:
+            content["quality"] = quality["values"]
+            warnings += [f"quality of the samples: {each}" for each in quality.get("warnings", [])]
+            png = workdir.read_png(NEIGHBOURS) if workdir.has(NEIGHBOURS) else b""
+            crc32 = zlib.crc32(png)
+            if png and quality.get("neighbours_crc32", crc32) == crc32:
+                pictures = [(NEIGHBOURS_CAPTION, png)]
+            else:
+                logging.warning(
+                    "%s is not that of %s: left out; make it again (--mode=quality)",
+                    *(workdir / NEIGHBOURS, QUALITY),
+                )
+    elif workdir.has(SAMPLES):
+        drawn, evaluated = int(workdir.read(SAMPLES)["step"]), checkpoint["step"]
+        remedy = "draw new samples (--mode=sample)"
+        if drawn > evaluated:
+            remedy = f"evaluate again (--mode=eval), or {remedy}"
+        warnings.insert(
+            0,
+            f"the samples are of another checkpoint (step {drawn}) than the results (step "
+            f"{evaluated}{', of other parameters' if drawn == evaluated else ''}), and left out: "
+            f"{remedy}",
+        )
+    curves = metrics.read(workdir) if curves is None else curves
+    if stored["results"] and stored["results"][0]["split"] != "train":
+        content["gap"] = gap_of(workdir, stored)
+    if found := provenance_of(workdir, content, curves):
+        content["provenance"] = found
+    content["warnings"] = warnings
+    if known is not None:
+        # The newest picture of the training takes the place of samples.
+        paths = [] if samples else (workdir / "samples").glob("step_*.png")
+        steps = {int(p.stem[5:]): p for p in paths if p.stem[5:].isdecimal()}
+        if steps:
+            last = max(steps)
+            caption = f"Samples during the training, at step {last:,}."
+            pictures = [(caption, read_png(steps[last]))]
+        modes = {"results": "eval", "samples": "sample", "quality": "quality"}
+        busy = {name: workdir.owner(mode) for name, mode in modes.items()}
+        content["running"] = {modes[name]: owner for name, owner in busy.items() if owner}
+        missing = {n: mode for n, mode in modes.items() if not (content.get(n) or busy[n])}
+        if trained_further:
+            # Samples are drawn from the newest checkpoint, and the report shows them only beside an
+            # evaluation of the same checkpoint.
+            before = {"results": "eval", "samples": "eval,sample", "quality": "eval,sample,quality"}
+            missing = {n: before[n] for n in ("results", *missing) if not busy[n]}
+        elif "samples" in missing and "quality" in missing:
+            missing["quality"] = "sample,quality"
+        command = f"python -m sbml.main --workdir={shlex.quote(str(workdir))} --mode="
+        content["missing"] = {name: command + mode for name, mode in missing.items()}
+    page.write(
+        workdir.path,
+        content,
+        table=table,
+        images=None if images is None else images.images,
+        levels=content["config"]["data"]["levels"] if images is None else images.levels,
+        curves=curves,
+        samples=None if samples is None else samples["images"],
+        pictures=pictures,
+    )
+    return True
+
+
+class OtherEvaluation(ValueError):
+    """A table of the work directory is not that of its evaluation."""
+
+
+def table_of(
+    workdir: Workdir, evaluation: Mapping[str, Any], name: str = PER_IMAGE
+) -> dict[str, Any]:
+    """The columns of the table ``name`` of ``evaluation``, which is ``evaluation.json``.
+
+    Raises:
+      OtherEvaluation: the table is of a later evaluation, which was interrupted.
+      ValueError: the file is damaged.
+    """
+    columns = workdir.read(name)
+    if evaluation.get("tables", {}).get(name) in (None, table_crc32(columns)):
+        return columns
+    raise OtherEvaluation(
+        f"{workdir / name} is not that of {EVALUATION}, because a later evaluation was interrupted "
+        f"while it wrote its files: evaluate again (--workdir={workdir} --mode=eval)"
+    )
+
+
+def gap_of(workdir: Workdir, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of held-out images minus those of training images.
+
+    The ``rows`` are empty if there is no evaluation of training images by the same checkpoint, from
+    the same smallest time; the ``command`` makes one. ``diffusion`` is the difference of this term
+    alone, if the losses at each noise level are known.
+    """
+    # The settings of the evaluation must be the same; those of the model are in the checkpoint.
+    new = {"workdir": str(workdir), "mode": "eval", "config.eval.split": "train"}
+    new["config.eval.max_images"] = str(evaluation["results"][0]["n"])
+    kept = {}
+    for flag, after in itertools.pairwise([*shlex.split(evaluation.get("command", "")), ""]):
+        name, equals, value = flag.lstrip("-").partition("=")
+        if name not in new and name.startswith(("config.eval.", "config.data.", "trust")):
+            kept[name] = value if equals else after
+    flags = [f"--{name}={value}" for name, value in {**new, **kept}.items()]
+    command = shlex.join(["python", "-m", "sbml.main", *flags])
+    found: dict[str, Any] = {"rows": [], "command": command}
+    if (levels := evaluation.get("noise_levels")) is not None:
+        names = ("edges", "split", "train", "split_stderr", "train_stderr")
+        edges, *curves = (np.asarray(levels[name], float) for name in names)
+        held_out, train = (page.area(edges, curve) for curve in curves[:2])
+        half = 1.96 * float(np.linalg.norm(np.diff(edges) * np.stack(curves[2:])))
+        found["diffusion"] = {"held_out": held_out, "train": train}
+        found["diffusion"] |= {"gap": held_out - train, "ci95": half}
+    folder = Workdir(workdir / "train")
+    if not folder.has(EVALUATION):
+        return found
+    other = folder.read(EVALUATION)
+    if other["checkpoint"] != evaluation["checkpoint"]:
+        logging.warning("%s is of another checkpoint: left out", folder / EVALUATION)
+        return found
+    trained = {(r.name, r.smallest_time): r for r in map(Result.read, other["results"])}
+    for result in map(Result.read, evaluation["results"]):
+        if (same := trained.get((result.name, result.smallest_time))) is not None:
+            gap = difference(result.population, same.population)
+            row = {name: getattr(result, name) for name in page.KIND}
+            row |= {"held_out": result.bits_per_dim, "held_out_images": result.n}
+            row |= {"train": same.bits_per_dim, "train_images": same.n}
+            found["rows"].append({**row, "gap": gap.mean, "interval": list(gap.bounds)})
+    return found
+
+
+def provenance_of(
+    workdir: Workdir, content: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, str]]:
+    """Code, hardware, dates, duration and cost of the ``training`` and of the ``evaluation`` of the
+    checkpoint, as far as they are known."""
+    rows = metrics.read(workdir, history.FILE)
+    begun = max((i for i, row in enumerate(rows) if row.get("first") == 0), default=0)
+    step, results = content.get("checkpoint", {}).get("step"), content["results"]
+    trained = [row for row in rows[begun:] if row["mode"] == "train"]
+    found = {"training": _sums(trained), "evaluation": {}}
+    if not trained and curves:
+        found["training"]["duration"] = str(timedelta(seconds=round(curves[-1]["seconds"])))
+    if curves and step:
+        count = step * content["config"]["training"]["batch_size"]
+        found["training"]["network evaluations"] = f"{count:,}, with gradients"
+    if results:
+        of = {"mode": "eval", "step": step, "split": results[0]["split"]}
+        evaluated = [row for row in rows[begun:] if of.items() <= row.items()]
+        versions = content.get("versions", {"sbml": "of an unknown version", "devices": "unknown"})
+        first = {"code": f"sbml {versions['sbml']}", "hardware": versions["devices"]}
+        count = round(sum(float(row["n"]) * float(row["nfe_mean"]) for row in results))
+        found["evaluation"] = {**first, **_sums(evaluated), "network evaluations": f"{count:,}"}
+    return {name: values for name, values in found.items() if values}
+
+
+def _sums(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The code, hardware, dates, duration and cost of all ``rows`` of the history, as text."""
+    if not rows:
+        return {}
+    found = {k: "; ".join(dict.fromkeys(row[k] for row in rows)) for k in ("code", "hardware")}
+    seconds = sum(row["seconds"] for row in rows)
+    device = sum(row["seconds"] * row["devices"] for row in rows) / 3600
+    cpu = sum(row["cpu_seconds"] for row in rows if not row["devices"]) / 3600
+    cost = {"device-hours": device, "CPU-hours": cpu}
+    return {
+        **found,
+        "date (UTC)": " to ".join(dict.fromkeys([rows[0]["start"], rows[-1]["end"]])),
+        "duration": str(timedelta(seconds=round(seconds))),
+        "cost": ", ".join(f"{value:.2g} {name}" for name, value in cost.items() if value),
+    }
+
+
+def samples_of(workdir: Workdir, checkpoint: Mapping[str, int]) -> dict[str, Any] | None:
+    """The arrays of ``samples.npz``.
+
+    None if there is no such file, or if it is of another checkpoint than ``checkpoint``, which has
+    the step and the CRC-32 of the parameters, or is empty if any checkpoint will do.
+    """
+    if not workdir.has(SAMPLES):
+        return None
+    samples = workdir.read(SAMPLES)
+    if any(int(samples.get(name, -1)) != value for name, value in checkpoint.items()):
+        step, path = int(samples["step"]), workdir / SAMPLES
+        logging.warning("%s, of step %d, is of another checkpoint: left out", path, step)
+        return None
+    return samples
+
+
+def codec_of(workdir: Workdir, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The content of ``codec.json``; None if there is no such file or, with a warning, if its
+    images were coded by another checkpoint."""
+    if not workdir.has(CODEC):
+        return None
+    codec = workdir.read(CODEC)
+    if checkpoint and codec["parameters_crc32"] != checkpoint["parameters_crc32"]:
+        logging.warning("%s is of another checkpoint: left out", workdir / CODEC)
+        return None
+    return codec
+
+
+def quality_of(workdir: Workdir, samples: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The content of ``quality.json``; None if there is no such file, or if it is of other samples
+    than ``samples``."""
+    if not workdir.has(QUALITY):
+        return None
+    quality = workdir.read(QUALITY)
+    if quality["images_crc32"] != tree_crc32(samples["images"]):
+        logging.warning("%s is of other samples: left out", workdir / QUALITY)
+        return None
+    return quality

@@ -1,0 +1,144 @@
+"""``report.html`` of ``--mode=table``: log-likelihoods of a table's rows, and marginals of samples.
+
+The difference of a baseline is the mean over test rows of log p of the model minus log p of the
+baseline, with the 95% interval of paired values: a positive difference means a better model.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from sbml.core.scalars import notation
+from sbml.likelihood import PriorError
+from sbml.program.report import page, plots
+
+MARGINALS, PAIRS = 24, 4  # the largest numbers of figures
+
+
+def verdict(best: Mapping[str, Any]) -> str:
+    """Whether the model beats the ``best`` baseline, in words."""
+    (low, high), name = best["difference_interval"], best["name"]
+    if not math.isfinite(best["difference"]):
+        return (
+            f"The model cannot be compared with the best baseline, {name}: log p of some rows is "
+            "not finite."
+        )
+    gap = f"{abs(best['difference']):.3f} nats per row"
+    said = f"95% interval of the difference {low:+z.3f} to {high:+z.3f}"
+    if low > 0:
+        return f"The model beats the best baseline, {name}, by {gap} ({said})."
+    if high < 0:
+        return f"The model does not beat the baseline {name}: it is {gap} worse ({said})."
+    side = "better" if best["difference"] > 0 else "worse"
+    return (
+        f"The model does not clearly beat the best baseline, {name}: it is {gap} {side}, within "
+        f"the error ({said})."
+    )
+
+
+def line(result: Mapping[str, Any]) -> str:
+    """A result in one line. For the model it has the smallest time, and the prior's error below."""
+    low, high = result["interval"]
+    at = f" at t={notation(result['smallest_time'], '.3g')}" if "smallest_time" in result else ""
+    prior = PriorError(*result["prior_error"]).line("nats") if "prior_error" in result else ""
+    text = (
+        f"{result['name']}: log p {result['log_p']:z.4f} nats per row{at} [{low:z.4f}, {high:z.4f}]"
+    )
+    if "this_set_ci95" in result:
+        text += f", for these rows +-{result['this_set_ci95']:.4f}"
+    if result.get("converged") is False:
+        text += " NOT CONVERGED"
+    if "difference" in result:
+        low, high = result["difference_interval"]
+        text += f", model minus {result['name']} {result['difference']:+z.4f}"
+        text += f" [{low:+z.4f}, {high:+z.4f}]"
+    return f"{text}, {result['chosen']}{prior}"
+
+
+def render(
+    content: Mapping[str, Any],
+    values: np.ndarray,
+    samples: np.ndarray,
+    curves: Sequence[Mapping[str, Any]],
+) -> str:
+    """The page.
+
+    Args:
+      content: the content of ``table.json``.
+      values: test rows in the units of the file, ``(n, d)``.
+      samples: samples of the model, ``(m, d)``.
+      curves: the metrics of the training.
+    """
+    names = [column["name"] for column in content["columns"]]
+    shown = [
+        page.row(r["name"], r, ours=r["name"] == "model", key="log_p") for r in content["results"]
+    ]
+    caption = "Bars: 95% intervals of each mean. The paired differences below are more precise."
+    marginals = [
+        page.figure(
+            f"Marginal of {name}",
+            partial(plots.marginal, data=values[:, i], samples=samples[:, i], label=name),
+            width=2.5,
+            height=1.7,
+        )
+        for i, name in enumerate(names[:MARGINALS])
+    ]
+    # As many samples as rows, so that both look equally dense, in the range of the rows.
+    ends = np.stack([values.min(axis=0), values.max(axis=0)])
+    limits = ends + 0.04 * np.ptp(ends, axis=0) * np.array([[-1], [1]])
+    shown_rows = (
+        ("held-out rows", values, plots.INK),
+        ("samples", samples[: len(values)], plots.ACCENT),
+    )
+    pairs = []
+    for (i, j), (what, rows, colour) in itertools.product(_dependent(values), shown_rows):
+        each, own = rows[:, [i, j]], limits[:, [i, j]]
+        drawn = {"rows": each, "limits": own, "labels": (names[i], names[j]), "colour": colour}
+        outside = int(np.any((each < own[0]) | (each > own[1]), axis=1).sum())
+        said = f"{len(rows):,} {what}" + (f", {outside:,} of them outside" if outside else "")
+        title = f"{names[i]} and {names[j]}, {what}"
+        pairs.append(page.figure(title, partial(plots.pair, **drawn), f"{said}."))
+    return (
+        page.environment()
+        .get_template("table.html")
+        .render(
+            **content,
+            model=content["results"][0],
+            comparison=page.rows_figure(
+                "Comparison", shown, "nats per row, higher is better", caption
+            ),
+            validation_figure=page.figure(
+                "Validation",
+                partial(_validation, curve=content["validation"]),
+                "Validation rows: the step with the largest log p is evaluated.",
+            ),
+            training=page.training(
+                [{k: v for k, v in point.items() if k != "images_per_s"} for point in curves]
+            ),
+            marginals=marginals,
+            pairs=pairs,
+            hidden=len(names) - len(marginals),
+            details={"Configuration": page.flat(content["config"])},
+        )
+    )
+
+
+def _dependent(values: np.ndarray) -> list[tuple[int, int]]:
+    """The pairs of columns, among the first ``MARGINALS``, whose rank correlations have the largest
+    absolute values."""
+    ranks = values[:, :MARGINALS].argsort(axis=0).argsort(axis=0)
+    pairs = list(itertools.combinations(range(ranks.shape[1]), 2))
+    strength = np.abs(np.atleast_2d(np.corrcoef(ranks.T)))
+    return sorted(pairs, key=lambda pair: -strength[pair])[:PAIRS]
+
+
+def _validation(axes: Axes, curve: Sequence[Mapping[str, Any]]) -> None:
+    steps, scores = ([float(point[k]) for point in curve] for k in ("step", "log_p_z"))
+    axes.plot(steps, scores, "o-", color=plots.ACCENT, markersize=3, linewidth=1.2)
+    axes.grid(axis="y")
+    axes.set(xlabel="training step", ylabel="log p, whitened, nats per row")

@@ -23,7 +23,7 @@ from sbml.core.types import Array, Key, Score
 from sbml.likelihood import bound
 from sbml.program.config import build
 from sbml.program.config.trained import Trained
-from sbml.program.evaluation.inputs import Inputs
+from sbml.program.evaluation.cells import Evaluation
 from sbml.program.runtime import cpu
 from sbml.program.runtime.workdir import Workdir
 from sbml.sdes import times
@@ -72,13 +72,13 @@ def main() -> None:
     config = runpy.run_path(args.config)["get_config"]()
     config.eval.bound.proposal_bins = 32
     workdir = Workdir(args.workdir)
-    shared = Inputs.of_split(Trained.of(build.Experiment(config), workdir), "test")
+    shared = Evaluation.of_split(Trained.of(build.Experiment(config), workdir), "test")
     e, images = shared.experiment, shared.images
     reduction = shared.reduction(e.eval_eps)
     pixels = jnp.asarray(images.images[data.spread(len(images), args.images)])
     count = len(pixels)
     x = bits.to_model(pixels, jax.random.uniform(jax.random.key(9), pixels.shape), images.levels)
-    score = e.exact_adapter(shared.restored.state.ema_params)
+    score = e.exact_adapter(shared.trained.restored.state.ema_params)
 
     @functools.partial(jax.jit, static_argnames=("way",))
     def sweep(score: Score, key: Key, way: str) -> Array:

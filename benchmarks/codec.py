@@ -23,13 +23,13 @@ import numpy as np
 from PIL import Image
 
 from sbml.codec import bits_back, file
-from sbml.codec.bits_back import Lanes
+from sbml.codec.stack import Lanes
 from sbml.program.config import config as configs
 from sbml.program.config.build import Experiment
 from sbml.program.config.compatibility import of_workdir
 from sbml.program.config.trained import Trained
 from sbml.program.evaluation import coding
-from sbml.program.evaluation.inputs import Inputs
+from sbml.program.evaluation.cells import Evaluation
 from sbml.program.runtime.workdir import Workdir
 
 SPENT: dict[str, float] = defaultdict(float)
@@ -82,7 +82,7 @@ def measure(workdir: Workdir, count: int, steps: list[int], lanes: int, results:
         fields = {"codec.steps": str(number), "codec.lanes": str(lanes)}
         config = of_workdir(configs.of_checkpoint(workdir, fields), workdir, quiet=True)
         trained = Trained.of(Experiment(config), workdir)
-        inputs = Inputs.of_split(trained, "test")
+        inputs = Evaluation.of_split(trained, "test")
         pixels = inputs.images.images[:count]
         chain = coding.encoder_chain(inputs)
         codec, made_by = coding.codec_of(trained, chain, lanes)

@@ -349,7 +349,7 @@ MISTAKES = (
     ),
     Mistake(
         "test images are shuffled",
-        "sbml/program/evaluation/inputs.py",
+        "sbml/program/evaluation/cells.py",
         "np.sort(order[:number])",
         "order[:number]",
         ("test_evaluate.py::test_fewer_images_are_a_random_sample_and_part_of_any_larger_one",),

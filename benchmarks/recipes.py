@@ -46,7 +46,7 @@ from sbml.program.config.config import default, node_of
 from sbml.program.config.fields import unknown
 from sbml.program.config.trained import Trained
 from sbml.program.evaluation import cells
-from sbml.program.evaluation.inputs import Inputs
+from sbml.program.evaluation.cells import Evaluation
 from sbml.program.modes import train
 from sbml.program.runtime import cpu, sharding
 from sbml.program.runtime.workdir import Workdir
@@ -207,13 +207,13 @@ def time_steps(plan: Plan, recipe: str, rounds: int = 9, steps: int = 3) -> dict
 def evaluate_run(config: ConfigDict, workdir: Workdir) -> dict[str, list[float]]:
     """bits/dim of every held-out image, by the name of the cell (the column)."""
     trained = Trained.of(build.Experiment(config), workdir)
-    shared = Inputs.of_split(trained, data.VALIDATION)
+    shared = Evaluation.of_split(trained, data.VALIDATION)
     values = {}
     with jax.default_matmul_precision(config.eval.precision):
         for cell in CELLS[config.data.dequantization]:
             if cell.dequantizer == "learned" and config.score.parameterization != "levels":
                 continue
-            run = cells.CellRun(shared, cell, shared.dequantization(cell.dequantizer)).measurement
+            run = cells.run_of(shared, cell, shared.dequantization(cell.dequantizer)).measurement
             sweeps = range(config.eval.bound.sweeps if cell.kind.is_bound else 1)
             rows = [run.total(run.rows(run.ids, sweep)) for sweep in sweeps]
             values[cell.name] = np.mean(rows, axis=0).tolist()

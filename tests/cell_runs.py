@@ -4,8 +4,8 @@ import tiny
 
 from sbml.density.estimators import Cell
 from sbml.program.config import build
+from sbml.program.config.trained import Trained
 from sbml.program.evaluation import cells
-from sbml.program.evaluation.inputs import Inputs
 from sbml.program.runtime.workdir import Workdir
 
 ODE, BOUND = Cell("ode", "uniform"), Cell("bound", "uniform")
@@ -17,8 +17,9 @@ def cell_run(workdir, directory, cell, **fields):
     config.eval.update(fields)
     experiment = build.Experiment(config)
     images, train = experiment.images("test"), experiment.images("train")
-    shared = Inputs(experiment, experiment.restore(workdir), directory, images, train)
-    return cells.CellRun(shared, cell, shared.dequantization(cell.dequantizer))
+    trained = Trained(experiment, experiment.restore(workdir), directory)
+    shared = cells.Evaluation(trained, images, train)
+    return cells.run_of(shared, cell, shared.dequantization(cell.dequantizer))
 
 
 def numbers(run, ids, sweep=0):

@@ -164,17 +164,18 @@ def with_levels():
 @pytest.mark.slow
 def test_rows_of_other_images_or_parameters_are_not_taken(trained, tmp_path):
     run = cell_run(trained, tmp_path, BOUND, bound={"control": False, "proposal_bins": 0})
-    shared, identity = run.shared, run.measurement.fingerprint()
-    state = shared.restored.state
+    shared, identity = run.evaluation, run.measurement.fingerprint()
+    trained = shared.trained
+    state = trained.restored.state
     moved = state.replace(ema_params=jax.tree.map(lambda a: a + 1, state.ema_params))
     levels = build.Experiment(with_levels())
-    assert identity["score"]["class"] == "sbml.score:Adapter"
+    assert identity["score"]["class"] == "sbml.score.prediction:Adapter"
     for change in (
-        {"experiment": levels},
+        {"trained": dataclasses.replace(trained, experiment=levels)},
         {"images": shared.experiment.images("train")},
-        {"restored": shared.restored._replace(state=moved)},
+        {"trained": dataclasses.replace(trained, restored=trained.restored._replace(state=moved))},
     ):
-        other = cells.CellRun(dataclasses.replace(shared, **change), BOUND, run.dequantization)
+        other = cells.run_of(dataclasses.replace(shared, **change), BOUND, run.dequantization)
         assert other.measurement.fingerprint() != identity
 
 
@@ -184,8 +185,8 @@ def test_a_network_in_bfloat16_is_evaluated_in_float32(trained, tmp_path, monkey
     config.model.dtype = "bfloat16"
     monkeypatch.setattr(tiny, "get_config", lambda: config)
     run = cell_run(trained, tmp_path, ODE)
-    assert run.shared.experiment.adapter.model.dtype == "bfloat16"
-    assert run.shared.score.how.model.dtype == "float32"
+    assert run.evaluation.experiment.adapter.model.dtype == "bfloat16"
+    assert run.evaluation.trained.score.how.model.dtype == "float32"
 
 
 @pytest.mark.slow

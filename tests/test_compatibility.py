@@ -14,6 +14,7 @@ from sbml.program.config.compatibility import (
     check_training,
     unseen_times,
 )
+from sbml.program.evaluation import cells
 from sbml.program.modes import eval as evaluate
 from sbml.sdes import SDES
 
@@ -137,7 +138,7 @@ def test_warnings_are_logged_before_the_images_are_evaluated(
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate.CellRun, "finish", stop)
+    monkeypatch.setattr(cells.Run, "finish", stop)
     with pytest.raises(KeyboardInterrupt):
         runs.mode(evaluate.run, config, tmp_path)
     assert "a random sample of 2 of 360 images" in caplog.text

@@ -21,7 +21,7 @@ from sbml.core.files import read_json, read_npz, write_json, write_npz
 from sbml.density.estimators import Cell
 from sbml.likelihood import bound
 from sbml.program.config import build
-from sbml.program.evaluation.inputs import Dequantization, check_first_batch
+from sbml.program.evaluation.cells import Dequantization, check_first_batch
 from sbml.program.evaluation.table import cautions
 from sbml.program.modes import eval as evaluate
 from sbml.program.modes import report as report_mode
@@ -192,15 +192,15 @@ def test_rows_of_another_version_are_used_with_a_warning(trained, tmp_path):
 def test_a_dequantizer_that_does_not_fit_the_training_gives_a_warning(
     trained, tmp_path, name, trained_on, eps, phrase
 ):
-    shared = cell_run(trained, tmp_path, ODE, smallest_time=eps).shared
-    shared.restored.metadata["config"]["data"]["dequantization"] = trained_on
+    shared = cell_run(trained, tmp_path, ODE, smallest_time=eps).evaluation
+    shared.trained.restored.metadata["config"]["data"]["dequantization"] = trained_on
     dequantizer = Dequantization(shared.experiment.dequantizer(name), {})
     warnings = [w for w in cautions(shared, {name: dequantizer}) if w.startswith(name)]
     assert [phrase in w for w in warnings] == ([True] if phrase else [])
 
 
 def test_files_that_are_not_used_are_named_once_for_each_split(trained, tmp_path):
-    shared = cell_run(trained, tmp_path, ODE).shared
+    shared = cell_run(trained, tmp_path, ODE).evaluation
     train = dataclasses.replace(shared.experiment.images("train"), skipped=("a.png: cut off",))
     test = dataclasses.replace(train, split="test", skipped=("b.png: empty", "c.png: empty"))
     of_train = "1 train file is not used: a.png: cut off"
@@ -211,7 +211,7 @@ def test_files_that_are_not_used_are_named_once_for_each_split(trained, tmp_path
 
 
 def test_evaluated_images_that_the_training_had_give_a_warning(trained, tmp_path):
-    shared = cell_run(trained, tmp_path, ODE).shared
+    shared = cell_run(trained, tmp_path, ODE).evaluation
     pixels, train = shared.images.images.copy(), shared.train.images
     for count in (0, 2):
         pixels[:count] = train[7]
@@ -274,7 +274,7 @@ def test_control_and_density_are_stored_with_the_evaluation(trained, tmp_path, m
     densities = (run.measurement.estimator.reduction.density for run in (first, again))
     np.testing.assert_array_equal(*densities)
     for name in ("mean", "variances", "basis"):
-        ours, theirs = (getattr(run.shared.control, name) for run in (first, again))
+        ours, theirs = (getattr(run.evaluation.control, name) for run in (first, again))
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -301,8 +301,8 @@ def test_integers_that_are_not_dequantized_are_refused(trained, tmp_path):
             return np.zeros(pixels.shape, np.float32), np.zeros((), np.float32)
 
     with pytest.raises(ValueError, match="dequantize them before a density"):
-        check_first_batch(run.shared, Dequantization(Nothing(), {}))
-    check_first_batch(run.shared, run.dequantization)
+        check_first_batch(run.evaluation, Dequantization(Nothing(), {}))
+    check_first_batch(run.evaluation, run.dequantization)
 
 
 @pytest.mark.slow
@@ -338,7 +338,7 @@ def test_products_have_full_precision_by_default(trained, tmp_path, monkeypatch)
         seen.append(jax.config.jax_default_matmul_precision)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "Inputs", SimpleNamespace(of_split=stop))
+    monkeypatch.setattr(evaluate, "Evaluation", SimpleNamespace(of_split=stop))
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
     config = tiny.get_config()
     for precision in ("highest", "default"):

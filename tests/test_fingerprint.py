@@ -21,8 +21,7 @@ from sbml.program.config import build
 from sbml.program.config.config import Config
 from sbml.program.config.trained import Trained
 from sbml.program.evaluation import samples
-from sbml.program.evaluation.cells import CellRun
-from sbml.program.evaluation.inputs import Inputs
+from sbml.program.evaluation.cells import Evaluation, run_of
 from sbml.program.runtime.workdir import Workdir
 from sbml.score import Adapter
 from sbml.score.divergence import Trace
@@ -182,15 +181,15 @@ def test_the_fields_of_a_config_that_change_rows_and_samples(digits_model, tmp_p
     images, train = (build.Experiment(plain).images(split) for split in ("test", "train"))
 
     def of(config):
-        model = build.Experiment(config), restored, Workdir(tmp_path)
-        inputs = Inputs(*model, images, train)
+        model = Trained(build.Experiment(config), restored, Workdir(tmp_path))
+        inputs = Evaluation(model, images, train)
         with jax.default_matmul_precision(config.eval.precision):
             cells = (Cell(name, "uniform") for name in ("ode", "bound"))
             runs = [
-                CellRun(inputs, c, inputs.dequantization("uniform"), stored=False) for c in cells
+                run_of(inputs, c, inputs.dequantization("uniform"), stored=False) for c in cells
             ]
             rows = [run.measurement.fingerprint() for run in runs]
-        return rows, samples.identity(Trained(*model)), fingerprint.of(inputs.density())
+        return rows, samples.identity(model), fingerprint.of(model.density())
 
     found, base = {}, of(plain)
     for name, value in flatten_dict(plain.plain(), sep=".").items():

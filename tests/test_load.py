@@ -23,7 +23,7 @@ def test_the_numbers_are_those_of_an_evaluation(
     density: sbml.Density, digits_model: Path, tmp_path: Path
 ) -> None:
     run = cell_runs.cell_run(digits_model, tmp_path, cell_runs.ODE, max_images=4, in_order=True)
-    images = run.shared.images.images[:4]
+    images = run.evaluation.images.images[:4]
     found = density.bits_per_dim(images, check=False)
     np.testing.assert_allclose(found.values, cell_runs.numbers(run, np.arange(4)), rtol=1e-6)
 

@@ -17,8 +17,9 @@ import sbml
 from sbml.core import streams
 from sbml.density.estimators import Cell
 from sbml.program.config import build, objective
-from sbml.program.evaluation import cells, levels, samples
-from sbml.program.evaluation.inputs import Inputs, check_first_batch
+from sbml.program.config.trained import Trained
+from sbml.program.evaluation import levels, samples
+from sbml.program.evaluation.cells import Evaluation, check_first_batch, run_of
 from sbml.program.modes import latents, train, train_dequantizer
 from sbml.program.runtime.state import TrainState
 from sbml.program.runtime.workdir import Workdir
@@ -89,7 +90,8 @@ def shared(workdir, **fields):
     made = config()
     made.eval.update(fields)
     e = build.Experiment(made)
-    return Inputs(e, e.restore(workdir), Workdir(workdir), e.images("test"), e.images("train"))
+    trained = Trained(e, e.restore(workdir), Workdir(workdir))
+    return Evaluation(trained, e.images("test"), e.images("train"))
 
 
 def density(method):
@@ -100,13 +102,13 @@ def density(method):
 def evaluation(workdir):
     evaluated = shared(workdir)
     found = evaluated.dequantization("uniform")
-    cells.CellRun(evaluated, Cell("bound", "uniform"), found).finish()
+    run_of(evaluated, Cell("bound", "uniform"), found).finish()
 
 
 def noise_levels(workdir):
     evaluated = shared(workdir, bound={"level_images": 4})
     found = evaluated.dequantization("uniform")
-    levels.measure(evaluated, cells.CellRun(evaluated, Cell("bound", "uniform"), found))
+    levels.measure(run_of(evaluated, Cell("bound", "uniform"), found))
 
 
 def first_batch(workdir):

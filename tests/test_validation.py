@@ -13,8 +13,8 @@ import tiny
 
 from sbml.density.estimators import Cell
 from sbml.program.config import build
+from sbml.program.config.trained import Trained
 from sbml.program.evaluation import cells, validation
-from sbml.program.evaluation.inputs import Inputs
 from sbml.program.modes import eval as evaluation
 from sbml.program.modes import train
 from sbml.program.report import page
@@ -71,8 +71,9 @@ def test_a_point_is_the_mean_over_images_and_sweeps(digits_model, tmp_path):
     point = validate(restored.state)
     cell, shown = Cell("bound", "uniform"), experiment.for_validation()
     images = experiment.images("validation")
-    shared = Inputs(shown, restored, Workdir(tmp_path), images, train_images)
-    run = cells.CellRun(shared, cell, shared.dequantization("uniform"), stored=False)
+    trained = Trained(shown, restored, Workdir(tmp_path))
+    shared = cells.Evaluation(trained, images, train_images)
+    run = cells.run_of(shared, cell, shared.dequantization("uniform"), stored=False)
     each = np.mean([cell_runs.numbers(run, run.measurement.ids, i) for i in (0, 1)], axis=0)
     stderr = each.std(ddof=1) / np.sqrt(6)
     assert point == pytest.approx({COLUMN: each.mean(), "validation_stderr": stderr})

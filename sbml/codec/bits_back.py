@@ -48,7 +48,7 @@ import numpy as np
 
 from sbml.codec import stack
 from sbml.codec.chain import Chain
-from sbml.codec.stack import Coder, Normal
+from sbml.codec.stack import Lanes, Normal
 from sbml.core.types import Array, Batch, Score, batch_score, optional
 from sbml.likelihood import discrete
 
@@ -60,35 +60,6 @@ NORMAL_BITS = math.log2(math.sqrt(2 * math.pi * math.e))  # the entropy of N(0, 
 
 class CodedFileError(ValueError):
     """A file that is no coded file, is damaged, or was made by another model or machine."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Lanes:
-    """Stacks that each code one image at the same time.
-
-    Attributes:
-      stacks: n coders of ``codec.stack``.
-      rows: the row of each in the batches of the network, ``(n,)``.
-    """
-
-    stacks: Sequence[Coder]
-    rows: np.ndarray
-
-    def scramble(self, pad: np.ndarray) -> None:
-        """Add ``pad`` to the upper bits."""
-        for s in self.stacks:
-            stack.scramble(s, pad)
-
-    def pop(self, by: Normal, width: float, mean: np.ndarray) -> np.ndarray:
-        """Numbers ``(n, d)`` on a grid, by distributions with ``mean (n, d)``."""
-        each = [by.pop(s, m) for s, m in zip(self.stacks, mean / width, strict=True)]
-        return width * np.stack(each)
-
-    def push(self, by: Normal, width: float, z: np.ndarray, mean: np.ndarray) -> None:
-        """Encode numbers ``z (n, d)`` of the grid."""
-        values = np.rint(z / width).astype(np.int64)
-        for s, each, m in zip(self.stacks, values, mean / width, strict=True):
-            by.push(s, each, m)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -262,8 +233,7 @@ class Codec:
             cell, x = k, (2 * k + 1) / self.levels - 1
         else:
             lanes.scramble(pads[-1])
-            in_bin = [stack.pop_uniform(s, self.cells, self.dims) for s in lanes.stacks]
-            cell = k * self.cells + np.stack(in_bin)
+            cell = k * self.cells + lanes.pop_uniform(self.cells, self.dims)
             x = self._point(cell)
         lanes.scramble(pads[0])
         z = lanes.pop(self._forward[0], self.widths[0], chain.forward_mean(0, x))
@@ -294,8 +264,7 @@ class Codec:
         lanes.push(self._forward[0], self.widths[0], z, chain.forward_mean(0, x))
         lanes.scramble(-pads[0])
         if self.data == UNIFORM:
-            for s, each in zip(lanes.stacks, cell - k * self.cells, strict=True):
-                stack.push_uniform(s, each, self.cells)
+            lanes.push_uniform(cell - k * self.cells, self.cells)
             lanes.scramble(-pads[-1])
         return k.reshape(n, *self.shape)
 
@@ -312,21 +281,15 @@ class Codec:
     def _push_image(self, lanes: Lanes, z: np.ndarray, cell: np.ndarray) -> None:
         """Push the cells of x by p(x | z_0)."""
         if self.data == CENTRE:
-            p = self._of(self._level_probabilities, lanes, z)
-            for s, k, each in zip(lanes.stacks, cell, p, strict=True):
-                stack.push_level(s, k, each)
-            return
-        mean = self._cell_mean(lanes, z)
-        for s, each, m in zip(lanes.stacks, cell, mean, strict=True):
-            self._cell.push(s, each, m)
+            lanes.push_levels(cell, self._of(self._level_probabilities, lanes, z))
+        else:
+            lanes.push(self._cell, 1, cell, self._cell_mean(lanes, z))
 
     def _pop_image(self, lanes: Lanes, z: np.ndarray) -> np.ndarray:
         """The cells of x by p(x | z_0), ``(n, d)``."""
         if self.data == CENTRE:
-            p = self._of(self._level_probabilities, lanes, z)
-            return np.stack([stack.pop_level(s, q) for s, q in zip(lanes.stacks, p, strict=True)])
-        means = self._cell_mean(lanes, z)
-        return np.stack([self._cell.pop(s, m) for s, m in zip(lanes.stacks, means, strict=True)])
+            return lanes.pop_levels(self._of(self._level_probabilities, lanes, z))
+        return lanes.pop(self._cell, 1, self._cell_mean(lanes, z))
 
     def _of(
         self, function: Callable[..., np.ndarray], lanes: Lanes, z: np.ndarray, *level: int
@@ -368,7 +331,7 @@ class State(NamedTuple):
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "State":
-        """The state whose fields were stored as arrays; older versions stored more of them."""
+        """The state whose fields were stored as arrays."""
         words, sizes, pixels = (arrays[name] for name in ("words", "sizes", "pixels"))
         return cls(int(arrays["number"]), words, sizes, pixels)
 

@@ -11,9 +11,11 @@ Reference: Duda, "Asymmetric numeral systems", 2013; Bamler, "Understanding entr
 asymmetric numeral systems", 2022.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import math
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Protocol
 
@@ -123,33 +125,57 @@ class Normal:
         stack.encode_reverse(offsets.astype(np.int32), self.family, *parameters)
 
 
-def scramble(stack: Coder, pad: np.ndarray) -> None:
-    """Add the integers ``pad (n,)`` to the upper n numbers of 24 bits; ``-pad`` undoes it."""
-    model = _uniform(2**PRECISION)
-    upper = stack.decode(model, len(pad)).astype(np.int64)
-    stack.encode_reverse(((upper + pad) % 2**PRECISION).astype(np.int32), model)
+@dataclasses.dataclass(frozen=True)
+class Lanes:
+    """Stacks that each code one image at the same time.
 
+    Attributes:
+      stacks: n coders.
+      rows: the row of each in the batches of the network, ``(n,)``.
+    """
 
-def pop_uniform(stack: Coder, size: int, count: int) -> np.ndarray:
-    """``count`` integers of 0 .. size - 1 with equal probabilities, int64."""
-    if size == 1:
-        return np.zeros(count, np.int64)
-    return stack.decode(_uniform(size), count).astype(np.int64)
+    stacks: Sequence[Coder]
+    rows: np.ndarray
 
+    def scramble(self, pad: np.ndarray) -> None:
+        """Add the integers ``pad (m,)`` to the upper m numbers of 24 bits; ``-pad`` undoes it."""
+        model = _uniform(2**PRECISION)
+        for stack in self.stacks:
+            upper = stack.decode(model, len(pad)).astype(np.int64)
+            stack.encode_reverse(((upper + pad) % 2**PRECISION).astype(np.int32), model)
 
-def push_uniform(stack: Coder, values: np.ndarray, size: int) -> None:
-    """Encode ``values (d,)`` of 0 .. size - 1."""
-    if size > 1:
-        stack.encode_reverse(values.astype(np.int32), _uniform(size))
+    def pop(self, by: Normal, width: float, mean: np.ndarray) -> np.ndarray:
+        """Numbers ``(n, d)`` on a grid, by distributions with ``mean (n, d)``."""
+        each = [by.pop(stack, m) for stack, m in zip(self.stacks, mean / width, strict=True)]
+        return width * np.stack(each)
 
+    def push(self, by: Normal, width: float, z: np.ndarray, mean: np.ndarray) -> None:
+        """Encode numbers ``z (n, d)`` of the grid."""
+        values = np.rint(z / width).astype(np.int64)
+        for stack, each, m in zip(self.stacks, values, mean / width, strict=True):
+            by.push(stack, each, m)
 
-def pop_level(stack: Coder, p: np.ndarray) -> np.ndarray:
-    """A level for each row of the probabilities ``p (d, L)``, int64 ``(d,)``."""
-    family = _constriction().model.Categorical(perfect=False)
-    return stack.decode(family, p).astype(np.int64)
+    def pop_uniform(self, size: int, count: int) -> np.ndarray:
+        """Integers of 0 .. size - 1 with equal probabilities, int64 ``(n, count)``."""
+        if size == 1:
+            return np.zeros((len(self.stacks), count), np.int64)
+        found = [stack.decode(_uniform(size), count) for stack in self.stacks]
+        return np.stack(found).astype(np.int64)
 
+    def push_uniform(self, values: np.ndarray, size: int) -> None:
+        """Encode ``values (n, d)`` of 0 .. size - 1."""
+        if size > 1:
+            for stack, each in zip(self.stacks, values.astype(np.int32), strict=True):
+                stack.encode_reverse(each, _uniform(size))
 
-def push_level(stack: Coder, levels: np.ndarray, p: np.ndarray) -> None:
-    """Encode ``levels (d,)``, one for each row of ``p (d, L)``."""
-    family = _constriction().model.Categorical(perfect=False)
-    stack.encode_reverse(levels.astype(np.int32), family, p)
+    def pop_levels(self, p: np.ndarray) -> np.ndarray:
+        """A level for each row of the probabilities ``p (n, d, L)``, int64 ``(n, d)``."""
+        family = _constriction().model.Categorical(perfect=False)
+        found = [stack.decode(family, each) for stack, each in zip(self.stacks, p, strict=True)]
+        return np.stack(found).astype(np.int64)
+
+    def push_levels(self, levels: np.ndarray, p: np.ndarray) -> None:
+        """Encode ``levels (n, d)``, one for each row of ``p (n, d, L)``."""
+        family = _constriction().model.Categorical(perfect=False)
+        for stack, each, q in zip(self.stacks, levels.astype(np.int32), p, strict=True):
+            stack.encode_reverse(each, family, q)

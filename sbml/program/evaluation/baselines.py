@@ -12,6 +12,7 @@ so this baseline is omitted. All numbers are exact for each image, without rando
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from scipy.linalg import solve_triangular
@@ -51,8 +52,7 @@ def histogram(train: np.ndarray, test: np.ndarray, levels: int) -> np.ndarray:
     for part in moments.rows(train):
         counts += np.bincount((part.astype(np.int64) + offsets).ravel(), minlength=counts.size)
     log_p = np.log2(counts / (len(train) + levels))
-    bits = [-log_p[part.astype(np.int64) + offsets].mean(axis=1) for part in moments.rows(test)]
-    return np.concatenate(bits)
+    return _each(test, lambda part: -log_p[part.astype(np.int64) + offsets].mean(axis=1))
 
 
 def gaussian(train: np.ndarray, test: np.ndarray) -> np.ndarray:
@@ -67,20 +67,25 @@ def gaussian(train: np.ndarray, test: np.ndarray) -> np.ndarray:
     factor = np.linalg.cholesky(covariance)
     inverse_trace = np.sum(solve_triangular(factor, np.eye(mean.size), lower=True) ** 2)
     log_det = 2 * np.sum(np.log(np.diag(factor)))
-    squares = [
-        np.sum(solve_triangular(factor, (part - mean).T, lower=True) ** 2, axis=0)
-        for part in moments.rows(test)
-    ]
-    return _bits(np.concatenate(squares), inverse_trace, log_det, mean.size)
+
+    def squares(part: np.ndarray) -> np.ndarray:
+        return np.sum(solve_triangular(factor, (part - mean).T, lower=True) ** 2, axis=0)
+
+    return _bits(_each(test, squares), inverse_trace, log_det, mean.size)
 
 
 def diagonal_gaussian(train: np.ndarray, test: np.ndarray) -> np.ndarray:
     """As :func:`gaussian`, with the variances only: all covariances are set to 0."""
     mean = moments.mean(train)
     variances = moments.variances(train, mean) + 1 / 12
-    squares = [np.sum((part - mean) ** 2 / variances, axis=1) for part in moments.rows(test)]
+    squares = _each(test, lambda part: np.sum((part - mean) ** 2 / variances, axis=1))
     log_det = np.sum(np.log(variances))
-    return _bits(np.concatenate(squares), np.sum(1 / variances), log_det, mean.size)
+    return _bits(squares, np.sum(1 / variances), log_det, mean.size)
+
+
+def _each(test: np.ndarray, of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """``of`` of the rows of ``test``, a part at a time: ``(m,)``."""
+    return np.concatenate([of(part) for part in moments.rows(test)])
 
 
 def _bits(squares: np.ndarray, inverse_trace: float, log_det: float, dims: int) -> np.ndarray:

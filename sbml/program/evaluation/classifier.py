@@ -15,9 +15,8 @@ from scipy import special
 from sbml.core.bits import LOG2
 from sbml.core.scalars import notation
 from sbml.density import Density
-from sbml.program.evaluation.inputs import Inputs
+from sbml.program.evaluation.cells import Evaluation
 from sbml.program.report.result import HALF_WIDTH
-from sbml.program.runtime.parts import compute_once
 from sbml.statistics.intervals import mean_interval
 
 GUESS = "accuracy of guessing the most frequent class"
@@ -25,36 +24,37 @@ LOST = "images whose class is not known"
 SOLVER_ERROR = "solver's error of the bits/dim"
 
 
-def why_none(inputs: Inputs) -> str:
+def why_none(evaluation: Evaluation) -> str:
     """Why a model with classes has no classifier; empty if there is no obstacle."""
-    seen = inputs.labels(inputs.train)
-    if seen is None or not inputs.experiment.config.eval.classifier_images:
+    trained, train = evaluation.trained, evaluation.train
+    seen = trained.labels(train)
+    if seen is None or not trained.experiment.config.eval.classifier_images:
         return ""
-    if inputs.knows_centres:
+    if trained.knows_centres:
         return (
             "no classifier: its likelihoods are of uniformly dequantized images, and the model was "
             "trained on bin centres with less noise than half a bin"
         )
-    if absent := [name for c, name in enumerate(inputs.classes) if c not in seen]:
+    if absent := [name for c, name in enumerate(trained.classes) if c not in seen]:
         return (
-            f"no classifier: {inputs.train.name} ({inputs.train.split}) has no image of the class "
+            f"no classifier: {train.name} ({train.split}) has no image of the class "
             f"{absent[0]}, which the model was trained on, so the share of the class is not known"
         )
     return ""
 
 
-def classify(inputs: Inputs) -> dict[str, float]:
+def classify(evaluation: Evaluation) -> dict[str, float]:
     """Numbers of the classifier for ``eval.classifier_images`` images, by their names in the
     report; empty for a model without classes."""
-    config = inputs.experiment.config.eval
-    labels, seen = inputs.labels(inputs.images), inputs.labels(inputs.train)
-    if labels is None or seen is None or not config.classifier_images or why_none(inputs):
+    trained, config = evaluation.trained, evaluation.experiment.config.eval
+    labels, seen = trained.labels(evaluation.images), trained.labels(evaluation.train)
+    if labels is None or seen is None or not config.classifier_images or why_none(evaluation):
         return {}
-    ids = inputs.ids(config.classifier_images)
+    ids = evaluation.ids(config.classifier_images)
     subset = max(4, len(ids) // 8)
-    density = dataclasses.replace(inputs.density(), batch_size=config.batch_size, subset=subset)
-    given = density, inputs.images.images[ids], labels[ids], seen
-    stored = compute_once(inputs.workdir / "eval", "classifier", _numbers, *given)
+    density = dataclasses.replace(trained.density(), batch_size=config.batch_size, subset=subset)
+    given = density, evaluation.images.images[ids], labels[ids], seen
+    stored = evaluation.once("classifier", _numbers, *given)
     return {name: float(value) for name, value in stored.items()}
 
 

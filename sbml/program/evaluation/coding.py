@@ -21,7 +21,7 @@ from sbml.density.estimate import Estimate
 from sbml.density.estimators.base import Target
 from sbml.density.estimators.bound import Estimator, InSteps
 from sbml.program.config.trained import Trained
-from sbml.program.evaluation.inputs import Inputs
+from sbml.program.evaluation.cells import Evaluation
 
 
 def codec_of(trained: Trained, chain: Chain, lanes: int) -> tuple[Codec, dict[str, str]]:
@@ -35,40 +35,41 @@ def codec_of(trained: Trained, chain: Chain, lanes: int) -> tuple[Codec, dict[st
     return codec, {**identity, **codec.made_by}
 
 
-def encoder_chain(inputs: Inputs) -> Chain:
+def encoder_chain(evaluation: Evaluation) -> Chain:
     """A chain of ``config.codec.steps`` steps.
 
     Its times and variances follow from the errors of the noise prediction on up to 256 training
     images. The errors are rounded as in the header of a file, so that a decoder has the same
     chain.
     """
-    experiment, train = inputs.experiment, inputs.train
+    experiment, train = evaluation.experiment, evaluation.train
     centre = experiment.config.data.kind == "centre"
     eps = experiment.discrete_eps if centre else experiment.eval_eps  # that of the bound
     images = train.images[spread(len(train), 256)]
     x = bits.to_model(jax.numpy.asarray(images), 0.5, train.levels)
     key = stream(jax.random.key(experiment.config.eval.seed), "pilot")
     run = jax.jit(lambda score, x, key: pilot(score, experiment.sde, x, key, eps=eps))
-    errors = [(q + 0.5) / 256 for q in as_integers(np.asarray(run(inputs.score, x, key)).tolist())]
+    found = np.asarray(run(evaluation.trained.score, x, key))
+    errors = [(q + 0.5) / 256 for q in as_integers(found.tolist())]
     return Chain(experiment.sde, eps, experiment.config.codec.steps, tuple(errors))
 
 
 def bound_of(
-    inputs: Inputs, codec: Codec, pixels: np.ndarray, *, continuous: bool = False
+    evaluation: Evaluation, codec: Codec, pixels: np.ndarray, *, continuous: bool = False
 ) -> Estimate:
     """The bound on -log2 P of ``pixels (n, *shape)`` in bits/dim.
 
     It is the bound in the steps of ``codec``, or with ``continuous`` the one in continuous time. It
     is computed by the functions of an evaluation.
     """
-    experiment, config = inputs.experiment, inputs.experiment.config.eval.bound
+    experiment, config = evaluation.experiment, evaluation.experiment.config.eval.bound
     name, eps = "uniform", codec.chain.eps
     if codec.data == "centre":
         name = "learned" if optional(codec.score, "decoder_log_p") else "categorical"
-    dequantization = inputs.dequantization(name)
-    times, reduction = max(config.n_times, 4), inputs.reduction(eps)
+    dequantization = evaluation.dequantization(name)
+    times, reduction = max(config.n_times, 4), evaluation.reduction(eps)
     estimator = InSteps(times, reduction=reduction, steps=codec.chain.as_steps)
-    run = inputs.measurement(
+    run = evaluation.measurement(
         Estimator(times, reduction=reduction) if continuous else estimator,
         Target(experiment.sde, eps, experiment.levels, dequantization.model),
         pixels,

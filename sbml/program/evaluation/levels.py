@@ -22,16 +22,14 @@ from sbml.density.estimators.base import Target
 from sbml.density.estimators.bound import Estimator
 from sbml.likelihood import bound
 from sbml.likelihood.bound import GaussianControl
-from sbml.program.evaluation.cells import CellRun
-from sbml.program.evaluation.inputs import Inputs
-from sbml.program.runtime.parts import compute_once
+from sbml.program.evaluation.cells import Run
 from sbml.score import NetworkScore
 from sbml.sdes.times import Importance
 
 BINS = 16  # at most
 
 
-def measure(inputs: Inputs, run: CellRun) -> dict[str, Any]:
+def measure(run: Run) -> dict[str, Any]:
     """L of at most ``eval.bound.level_images`` images of each kind, for the bound ``run``.
 
     Returns:
@@ -40,23 +38,24 @@ def measure(inputs: Inputs, run: CellRun) -> dict[str, Any]:
       a control also its error ``linear``, for the images of the split; and the number of ``images``
       of each kind.
     """
-    measured, config = run.measurement, inputs.experiment.config.eval
+    measured, evaluation = run.measurement, run.evaluation
+    config = evaluation.experiment.config.eval
     assert isinstance(measured.estimator, Estimator)
     # Both kinds have the same number of images, so that one program is compiled.
-    count = min(config.bound.level_images, len(inputs.train), len(measured.ids))
+    count = min(config.bound.level_images, len(evaluation.train), len(measured.ids))
 
     def chosen(images: ImageSet, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        ids, labels = ids[spread(len(ids), count)], inputs.labels(images)
+        ids, labels = ids[spread(len(ids), count)], evaluation.trained.labels(images)
         return images.images[ids], None if labels is None else labels[ids]
 
     images = {
-        "train": chosen(inputs.train, np.arange(len(inputs.train))),
-        "split": chosen(inputs.images, measured.ids),
+        "train": chosen(evaluation.train, np.arange(len(evaluation.train))),
+        "split": chosen(evaluation.images, measured.ids),
     }
-    control, linear = measured.estimator.reduction.control, inputs.control
-    bounded = inputs.score, measured.target, run.dequantization.params
+    control, linear = measured.estimator.reduction.control, evaluation.control
+    bounded = evaluation.trained.score, measured.target, run.dequantization.params
     given = *bounded, images, control, linear, config.seed
-    stored = compute_once(inputs.workdir / "eval", "levels", _curves, *given)
+    stored = evaluation.once("levels", _curves, *given)
     return {name: value.tolist() for name, value in stored.items()} | {"images": count}
 
 

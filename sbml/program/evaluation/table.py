@@ -11,8 +11,7 @@ from sbml import data
 from sbml.density.estimate import Columns, Estimate
 from sbml.program.config import compatibility
 from sbml.program.evaluation import baselines, classifier
-from sbml.program.evaluation.cells import CellRun
-from sbml.program.evaluation.inputs import Dequantization, Inputs
+from sbml.program.evaluation.cells import Dequantization, Evaluation, Run
 from sbml.program.report.result import Result
 from sbml.program.runtime.trees import table_crc32
 from sbml.program.runtime.versions import versions
@@ -20,9 +19,7 @@ from sbml.program.runtime.workdir import PER_IMAGE
 from sbml.statistics.intervals import mean_interval
 
 
-def columns(
-    inputs: Inputs, runs: Sequence[CellRun], numbers: Sequence[Estimate]
-) -> dict[str, Columns]:
+def columns(of: Evaluation, runs: Sequence[Run], numbers: Sequence[Estimate]) -> dict[str, Columns]:
     """The columns of all cells by the names of their files.
 
     ``per_image.npz`` has those of the cells with the most images. A cell with fewer images, such as
@@ -38,22 +35,23 @@ def columns(
             shown.update(named)
         else:
             tables[f"per_image_{run.cell.name}.npz"] = {"id": run.measurement.ids, **named}
-    if inputs.images.ids:
-        shown["name"] = np.asarray(inputs.images.ids)[ids]
-    if inputs.experiment.adapter.classes and inputs.images.labels is not None:
-        shown["class"] = inputs.images.labels[ids]
+    if of.images.ids:
+        shown["name"] = np.asarray(of.images.ids)[ids]
+    if of.experiment.adapter.classes and of.images.labels is not None:
+        shown["class"] = of.images.labels[ids]
     return tables
 
 
 def evaluation(
-    inputs: Inputs,
+    of: Evaluation,
     results: Sequence[Result],
     tables: Mapping[str, Columns],
     warnings: Sequence[str],
 ) -> dict[str, Any]:
     """The content of ``evaluation.json``: results, baselines, warnings, and what they depend on."""
-    restored, train, experiment = inputs.restored, inputs.train, inputs.experiment
-    pixels = inputs.images.images[tables[PER_IMAGE]["id"]]
+    trained, train, experiment = of.trained, of.train, of.experiment
+    restored = trained.restored
+    pixels = of.images.images[tables[PER_IMAGE]["id"]]
     simple, left_out = baselines.all_of(train.images, pixels, train.levels)
     intervals = {name: mean_interval(values) for name, values in simple.items()}
     # An evaluation does not use the settings of the training, so those that it was given can be
@@ -63,7 +61,7 @@ def evaluation(
     sections = {name: given[name] for name in ("seed", "training", "optim")}
     split, classes = experiment.config.eval.split, restored.metadata.get("classes")
     return {
-        "title": inputs.workdir.name,
+        "title": trained.workdir.name,
         "results": [result.plain() for result in results],
         "baselines": [
             {"name": name, "bits_per_dim": i.mean, "ci95": i.ci95, "interval": list(i.bounds)}
@@ -78,9 +76,9 @@ def evaluation(
         **({"classes": classes} if classes else {}),
         "checkpoint": {
             "step": restored.step,
-            "parameters_crc32": inputs.parameters_crc32,
+            "parameters_crc32": trained.parameters_crc32,
         },
-        "data": {"train": train.fingerprint, split: inputs.images.fingerprint},
+        "data": {"train": train.fingerprint, split: of.images.fingerprint},
         "config": {**asked, **sections, "data": {**asked["data"], **data}},
         "tables": {name: table_crc32(each) for name, each in tables.items()},
         "command": shlex.join(["python", "-m", "sbml.main", *sys.argv[1:]]),
@@ -88,29 +86,29 @@ def evaluation(
     }
 
 
-def cautions(inputs: Inputs, dequantizations: Mapping[str, Dequantization]) -> list[str]:
+def cautions(of: Evaluation, dequantizations: Mapping[str, Dequantization]) -> list[str]:
     """Warnings before the evaluation: a damaged checkpoint; a model that was trained on other data,
     other times, or without dequantization; dequantizers that do not fit it; files that are not
     used and images that are not evaluated; training images that are evaluated; cautions of the
     image sets."""
-    restored, images, train = inputs.restored, inputs.images, inputs.train
-    metadata = restored.metadata
+    trained, images, train = of.trained, of.images, of.train
+    restored, metadata = trained.restored, trained.restored.metadata
     trained_on = metadata["config"]["data"]["dequantization"]
     found = [f"damaged, so an older checkpoint was taken: {r}" for r in restored.damaged]
     found += compatibility.other_data(metadata, train)
-    found += compatibility.unseen_times(metadata, inputs.experiment.eval_eps)
+    found += compatibility.unseen_times(metadata, of.experiment.eval_eps)
     if trained_on == "none":
         found.append(
             "the model was trained on k / (levels - 1) without dequantization, and is evaluated "
             "on (k + u) / levels: this mismatch increases bits/dim "
             "(data.dequantization=uniform trains on the data that are evaluated)"
         )
-    if classes := inputs.experiment.adapter.classes:
+    if classes := of.experiment.adapter.classes:
         found.append(
             f"each number is conditional on the label of its image ({classes} classes): do not "
             "compare them with those of models without classes"
         )
-    if reason := classifier.why_none(inputs):
+    if reason := classifier.why_none(of):
         found.append(reason)
     loose = "The number is a valid but loose bound"
     for name, dequantizer in dequantizations.items():
@@ -121,7 +119,7 @@ def cautions(inputs: Inputs, dequantizations: Mapping[str, Dequantization]) -> l
                 "--config.eval.dequantizers=uniform, or train with "
                 "--config.data.dequantization=centre"
             )
-        if not dequantizer.model.at_noise and inputs.knows_centres:
+        if not dequantizer.model.at_noise and trained.knows_centres:
             found.append(
                 f"{name}: the model was trained on bin centres, but this dequantizer needs its "
                 f"density in the whole bins. {loose}: evaluate with "
@@ -130,7 +128,7 @@ def cautions(inputs: Inputs, dequantizations: Mapping[str, Dequantization]) -> l
             )
         if dequantizer.restored is not None:
             score = dequantizer.restored.metadata["score"]
-            if score["crc32"] != inputs.parameters_crc32:
+            if score["crc32"] != trained.parameters_crc32:
                 found.append(
                     f"{name}: trained for another score (step {score['step']}). {loose}: train "
                     "the dequantizer again with --mode=train_dequantizer"
@@ -142,8 +140,8 @@ def cautions(inputs: Inputs, dequantizations: Mapping[str, Dequantization]) -> l
             found.append(f"{count} {split.split} {files} not used: {paths}")
     if images.split != train.split:
         found.append(data.copies(images.images, train.images, f"images ({images.split})"))
-    if (count := len(inputs.ids())) < len(images):
-        sample = "the first" if inputs.experiment.config.eval.in_order else "a random sample of"
+    if (count := len(of.ids())) < len(images):
+        sample = "the first" if of.experiment.config.eval.in_order else "a random sample of"
         found.append(f"{sample} {count} of {len(images)} images (eval.max_images)")
     # The caution of a set with scenes is about the confidence interval. The interval is that of the
     # evaluated images, so this caution of the training images is left out.

@@ -14,8 +14,8 @@ import jax
 from sbml import data
 from sbml.data import ImageSet
 from sbml.program.config.build import Experiment
-from sbml.program.evaluation.cells import CellRun
-from sbml.program.evaluation.inputs import Inputs
+from sbml.program.config.trained import Trained
+from sbml.program.evaluation.cells import Evaluation, run_of
 from sbml.program.runtime.checkpoint import Restored
 from sbml.program.runtime.state import TrainState
 from sbml.program.runtime.workdir import Workdir
@@ -34,11 +34,12 @@ def validator(
 
     def validate(state: TrainState) -> dict[str, float]:
         now = experiment.with_learned_schedule(state.ema_params)
-        inputs = Inputs(now, Restored(0, state, metadata), workdir, images, train)
+        trained = Trained(now, Restored(0, state, metadata), workdir)
+        evaluation = Evaluation(trained, images, train)
         with jax.default_matmul_precision(now.config.eval.precision):
             # The rows are not stored, because no other run needs them.
-            of = inputs, cell, inputs.dequantization(cell.dequantizer)
-            found = CellRun(*of, stored=False, progress=False).measurement.estimate()
+            of = evaluation, cell, evaluation.dequantization(cell.dequantizer)
+            found = run_of(*of, stored=False, progress=False).measurement.estimate()
         point, stderr = {"validation_bits_per_dim": found.mean}, found.population.stderr
         # One image has no standard error.
         return point | ({"validation_stderr": stderr} if math.isfinite(stderr) else {})

@@ -11,7 +11,7 @@ from sbml.core.progress import Bar
 from sbml.program.config.build import Experiment
 from sbml.program.config.trained import Trained
 from sbml.program.evaluation import coding
-from sbml.program.evaluation.inputs import Inputs
+from sbml.program.evaluation.cells import Evaluation
 from sbml.program.runtime.parts import Resumable
 from sbml.program.runtime.preemption import Preemption
 from sbml.program.runtime.workdir import CODEC, IMAGES, Workdir
@@ -34,12 +34,12 @@ def run(trained: Trained, preemption: Preemption, source: str = "") -> Workdir:
         raise ValueError(f"--source={source} is no folder: give a folder of images")
     experiment, workdir, start = trained.experiment, trained.workdir, time.perf_counter()
     config = experiment.config
-    inputs = Inputs.of_split(trained, config.eval.split, preemption)
+    evaluation = Evaluation.of_split(trained, config.eval.split, preemption)
     if source:
         pixels = coding.read_folder(Path(source), experiment.shape, experiment.levels)
     else:
-        pixels = inputs.images.images[inputs.ids(config.codec.num_images)]
-    chain = coding.encoder_chain(inputs)
+        pixels = evaluation.images.images[evaluation.ids(config.codec.num_images)]
+    chain = coding.encoder_chain(evaluation)
     lanes = min(config.codec.lanes, len(pixels))
     codec, made_by = coding.codec_of(trained, chain, lanes)
     header, _ = file.packed(codec, pixels, bits_back.first_state(codec), made_by)
@@ -61,7 +61,7 @@ def run(trained: Trained, preemption: Preemption, source: str = "") -> Workdir:
             preemption.leave_if_requested("the images so far are stored")
     header, content = file.packed(codec, pixels, state, made_by)
     workdir.write_bytes(IMAGES, content)
-    bound = coding.bound_of(inputs, codec, pixels)
+    bound = coding.bound_of(evaluation, codec, pixels)
     lengths = {
         **coding.lengths(codec, state.words.size, len(content), pixels.size),
         "bound": bound.mean,

@@ -13,8 +13,7 @@ from sbml.dequantizers import DEQUANTIZERS
 from sbml.program.config.build import Experiment
 from sbml.program.config.trained import Trained
 from sbml.program.evaluation import classifier, levels, table
-from sbml.program.evaluation.cells import CellRun
-from sbml.program.evaluation.inputs import Inputs, check_first_batch
+from sbml.program.evaluation.cells import Evaluation, check_first_batch, run_of
 from sbml.program.report.result import strict, with_half_widths
 from sbml.program.runtime.preemption import Preemption
 from sbml.program.runtime.workdir import EVALUATION, Workdir
@@ -45,26 +44,26 @@ def run(trained: Trained, preemption: Preemption) -> Workdir:
     and the report on held-out images then also has the difference between the two.
     """
     config = trained.experiment.config.eval
-    inputs = Inputs.of_split(trained, config.split, preemption)
+    evaluation = Evaluation.of_split(trained, config.split, preemption)
     undefined = {c.name: c.reason_undefined for c in config.cells() if c.reason_undefined}
     cells = [cell for cell in config.cells() if not cell.reason_undefined]
     names = dict.fromkeys(cell.dequantizer for cell in cells)
-    dequantizations = {name: inputs.dequantization(name) for name in names}
+    dequantizations = {name: evaluation.dequantization(name) for name in names}
     for dequantization in dequantizations.values():
-        check_first_batch(inputs, dequantization)
-    warnings = table.cautions(inputs, dequantizations)
+        check_first_batch(evaluation, dequantization)
+    warnings = table.cautions(evaluation, dequantizations)
     for warning in warnings:  # These come before the work, so that the user can stop it.
         logging.warning(warning)
     # All cells are set up before the first is computed, so that errors appear at once.
-    runs = [CellRun(inputs, cell, dequantizations[cell.dequantizer]) for cell in cells]
+    runs = [run_of(evaluation, cell, dequantizations[cell.dequantizer]) for cell in cells]
     results, numbers = [], []
     for run in runs:
         numbers.append(run.finish())
         results.append(run.result(numbers[-1]))
         print(results[-1].line)
     profiled = next((run for run in runs if run.cell.kind.reducible), None)
-    loss = levels.measure(inputs, profiled) if profiled and config.bound.level_images else None
-    classified = classifier.classify(inputs)
+    loss = levels.measure(profiled) if profiled and config.bound.level_images else None
+    classified = classifier.classify(evaluation)
     for name, text in with_half_widths(classified).items():
         print(f"classifier: {name} {text}")
     pairs = zip(runs, numbers, strict=True)
@@ -72,14 +71,14 @@ def run(trained: Trained, preemption: Preemption) -> Workdir:
     found += classifier.cautions(classified, config.ode.solver_budget)
     for warning in found:
         logging.warning(warning)
-    tables = table.columns(inputs, runs, numbers)
-    evaluation = table.evaluation(inputs, results, tables, [*warnings, *found])
+    tables = table.columns(evaluation, runs, numbers)
+    content = table.evaluation(evaluation, results, tables, [*warnings, *found])
     more = {"undefined": undefined, "classifier": classified, "noise_levels": loss}
-    evaluation |= {name: value for name, value in more.items() if value}
+    content |= {name: value for name, value in more.items() if value}
     out = Workdir(trained.workdir / "train") if config.split == "train" else trained.workdir
     # First the columns, and then the evaluation that names them.
     for name, columns in tables.items():
         out.write(name, columns)
-    out.write(EVALUATION, strict(evaluation))
+    out.write(EVALUATION, strict(content))
     out.keep("per_image*.npz", tables)  # Others are of an earlier evaluation.
     return out

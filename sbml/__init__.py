@@ -35,20 +35,22 @@ __version__ = "0.1.0"
 
 compiler.cure()
 
-LIBRARY = (
-    *("audit", "bits", "bound", "codec", "compiler", "data", "density", "dequantizers"),
-    *("discrete", "distances", "divergence", "estimate", "estimators", "fingerprint", "integers"),
-    *("intervals", "likelihood", "losses", "measurement", "moments", "networks", "ode"),
-    *("posterior", "pytorch", "quadrature", "samplers", "score", "sdes", "second_order", "times"),
-    *("transforms", "types"),
+LIBRARY = tuple(
+    """
+    audit bits bound codec compiler data density dequantizers discrete distances divergence
+    estimate estimators fingerprint integers intervals likelihood losses measurement moments
+    networks ode posterior pytorch quadrature samplers score sdes second_order times transforms
+    types
+    """.split()
 )
 
 
 # Classes that are also attributes of ``sbml``, and their modules. VDM's ``LinearGamma`` and
 # ``MonotoneGamma`` and the base classes are attributes of ``sbml.sdes`` only.
-PROCESSES = (
-    *("VP", "SubVP", "VE", "LinearVE", "EDM", "RectifiedFlow", "Cosine"),
-    *("AlphaBarTable", "BetaSchedule", "Rescaled", "Schedule"),
+PROCESSES = tuple(
+    """
+    VP SubVP VE LinearVE EDM RectifiedFlow Cosine AlphaBarTable BetaSchedule Rescaled Schedule
+    """.split()
 )
 NAMES = {
     "Density": "density",

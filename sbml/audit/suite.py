@@ -53,8 +53,15 @@ from sbml.sdes import SDE, SDES
 from sbml.types import Array, Json, Real
 
 CHECKS = (
-    *("complete", "repeatable", "precise", "independent"),
-    *("bound", "tight", "normalised", "coverage", "error bar"),
+    "complete",
+    "repeatable",
+    "precise",
+    "independent",
+    "bound",
+    "tight",
+    "normalised",
+    "coverage",
+    "error bar",
 )
 PASS, UNCLEAR, FAIL = "pass", "unclear", "FAIL"
 

@@ -8,10 +8,7 @@ import jax
 
 from sbml import __version__, compiler
 
-PACKAGES = (
-    *("jax", "jaxlib", "flax", "optax", "diffrax"),
-    *("orbax-checkpoint", "grain", "numpy"),
-)
+PACKAGES = tuple("jax jaxlib flax optax diffrax orbax-checkpoint grain numpy".split())
 
 
 @functools.cache

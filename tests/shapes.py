@@ -13,11 +13,33 @@ from beartype import BeartypeConf, beartype
 CHECKED = tuple(
     f"sbml.{name}"
     for name in (
-        *("types", "sdes", "times", "losses", "divergence", "quadrature", "ode", "likelihood"),
-        *("bits", "distances", "intervals", "score", "posterior", "integers"),
-        *("density", "estimate", "bound", "discrete", "samplers", "estimators", "second_order"),
-        *("streams", "dequantizers.uniform", "dequantizers.truncated_normal"),
-        *("dequantizers.base", "dequantizers.decoders", "dequantizers.variational"),
+        "types",
+        "sdes",
+        "times",
+        "losses",
+        "divergence",
+        "quadrature",
+        "ode",
+        "likelihood",
+        "bits",
+        "distances",
+        "intervals",
+        "score",
+        "posterior",
+        "integers",
+        "density",
+        "estimate",
+        "bound",
+        "discrete",
+        "samplers",
+        "estimators",
+        "second_order",
+        "streams",
+        "dequantizers.uniform",
+        "dequantizers.truncated_normal",
+        "dequantizers.base",
+        "dequantizers.decoders",
+        "dequantizers.variational",
     )
 )
 

@@ -42,9 +42,20 @@ LAYERS: dict[str, set[str]] = {
 }
 PURE = (
     *(module for module in MODULES if module.split(".")[0] == "sdes"),
-    *("types", "times", "divergence", "bits", "ode", "losses", "likelihood"),
-    *("samplers._grid", "samplers.probability_flow"),
-    *("audit.oracle", "quadrature", "scalars", "pytrees", "second_order"),
+    "types",
+    "times",
+    "divergence",
+    "bits",
+    "ode",
+    "losses",
+    "likelihood",
+    "samplers._grid",
+    "samplers.probability_flow",
+    "audit.oracle",
+    "quadrature",
+    "scalars",
+    "pytrees",
+    "second_order",
 )
 NETWORK_LIBRARIES = {"flax", "equinox", "haiku", "optax", "orbax", "grain", "ml_collections"}
 
@@ -196,10 +207,12 @@ def test_the_library_is_there_once_the_package_is_imported() -> None:
 
 
 # Packages of the program, such as those that read image sets: the library must not import them.
-OF_THE_PROGRAM = {
-    *("tensorflow", "tensorflow_datasets", "skimage", "sklearn", "matplotlib", "PIL", "orbax"),
-    *("grain", "tensorboardX", "jinja2", "optax", "ml_collections"),
-}
+OF_THE_PROGRAM = set(
+    """
+    tensorflow tensorflow_datasets skimage sklearn matplotlib PIL orbax grain tensorboardX
+    jinja2 optax ml_collections
+    """.split()
+)
 # Packages of networks and solvers, and the slow part of SciPy: a loss must not import them.
 OF_DENSITIES = {"flax", "equinox", "diffrax", "scipy.interpolate"}
 

@@ -61,8 +61,13 @@ def _names(text: str) -> list[str]:
 
 # What the values of the flags are.
 KINDS: dict[str, Callable[[str], Any]] = {
-    **{"config": str, "mode": _names, "workdir": str, "trust": _names},
-    **{"coordinator": str, "num_processes": int, "process_id": int},
+    "config": str,
+    "mode": _names,
+    "workdir": str,
+    "trust": _names,
+    "coordinator": str,
+    "num_processes": int,
+    "process_id": int,
 }
 
 

@@ -357,13 +357,19 @@ CHAIN: dict[str, worlds.World] = {"chain": worlds.chain(4, (1, 3, 1))}
 # ``--mode=verify`` audits each estimator and each mistake in larger worlds and with more calls, and
 # CI runs it. Here are one estimator of each kind, and one mistake for each set of checks that fail.
 OF_EACH_KIND = {
-    *("ODE, exact trace", "Density.bits_per_dim, one probe"),
-    *("bound", "bound on P(k), decoder"),
+    "ODE, exact trace",
+    "Density.bits_per_dim, one probe",
+    "bound",
+    "bound on P(k), decoder",
 }
 OURS = [estimator for estimator in ours.OURS if estimator.name in OF_EACH_KIND]
 FEW_MISTAKES = {
-    *("0.01 bits/dim below the truth", "test images dropped", "a total in bfloat16"),
-    *("few steps read as continuous", "outliers replaced by the median", "times drawn evenly"),
+    "0.01 bits/dim below the truth",
+    "test images dropped",
+    "a total in bfloat16",
+    "few steps read as continuous",
+    "outliers replaced by the median",
+    "times drawn evenly",
     "an error bar that is right only on average",
 }
 MISTAKES = [each for each in mistakes.MISTAKES if each.estimator.name in FEW_MISTAKES]

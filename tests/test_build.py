@@ -372,7 +372,9 @@ def test_parity_changes_any_config_to_the_authors() -> None:
     config = get_config("cifar10_subvp_deep")
     assert config.training.to_dict() == {
         **load(CONFIGS[0].with_name("cifar10_subvp_deep.py")).training.to_dict(),
-        **{"times": "iid", "noises": "independent", "proposal_bins": 0},
+        "times": "iid",
+        "noises": "independent",
+        "proposal_bins": 0,
     }
     assert (config.score.label, config.score.parameterization) == ("time", "noise")
     assert (

@@ -59,8 +59,11 @@ def test_a_network_reads_the_class_of_each_example(name: str) -> None:
         "ncsnpp": {"nf": 8, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": (4,)},
         "vdm": {"width": 8, "depth": 1},
         "unet2d": {
-            **{"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4},
-            **{"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)},
+            "block_out_channels": (8,),
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "down_block_types": ("DownBlock2D",),
+            "up_block_types": ("UpBlock2D",),
         },
     }[name]
     x, label = jnp.ones((3, 4, 4, 1)), jnp.full(3, 0.5)
@@ -159,8 +162,12 @@ def test_an_evaluation_has_bits_per_dim_given_the_label_and_the_classifier(train
     images, train_images = experiment.images("test"), experiment.images("train")
     labels = experiment.labels(images)
     density = Density(
-        *(experiment.exact_adapter(params), experiment.sde, experiment.shape),
-        **{"levels": 17, "eps": experiment.eval_eps, "solver": experiment.config.eval.ode.build()},
+        experiment.exact_adapter(params),
+        experiment.sde,
+        experiment.shape,
+        levels=17,
+        eps=experiment.eval_eps,
+        solver=experiment.config.eval.ode.build(),
         trace=experiment.config.eval.ode.divergence(),
     )
     ids = np.sort(np.random.RandomState(0).permutation(360)[:8])

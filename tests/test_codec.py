@@ -228,7 +228,11 @@ def test_files_are_exact_for_any_number_of_images(data: Any, n: int) -> None:
 def test_an_image_that_the_model_finds_impossible_is_coded_too() -> None:
     tight = Codec(
         lambda x, t, key: -(x - 0.9 * VP().mean_coef(t)) / VP().std(t) ** 2,
-        *(Chain(VP(), 1e-3, 6), SHAPE, LEVELS, "uniform", 2),
+        Chain(VP(), 1e-3, 6),
+        SHAPE,
+        LEVELS,
+        "uniform",
+        2,
     )
     pixels = images(4)
     np.testing.assert_array_equal(decompress(tight, compress(tight, pixels)), pixels)

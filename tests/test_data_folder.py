@@ -453,7 +453,11 @@ def test_files_that_would_block_for_ever_are_named(
     root = Path(__file__).parents[1]
     found = subprocess.run(
         [sys.executable, "-c", code],
-        **{"cwd": root, "env": environment, "capture_output": True, "text": True, "timeout": 120},
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     reason = "a FIFO, device or socket: put the image itself there"
     assert f"('train/pipe.png: {reason}', 'train/zero.jpg: {reason}')" in found.stdout, found.stderr

@@ -19,7 +19,10 @@ PAGES = [page for folder in FOLDERS for page in (ROOT / "docs" / folder).glob("*
 DOCS = ("README.md", *sorted(p.relative_to(ROOT).as_posix() for p in PAGES))
 # The pages that are read on GitHub. The pages of docs/ are read on the site.
 SHOWN = (
-    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"),
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "benchmarks/README.md",
     *(path.relative_to(ROOT).as_posix() for path in ROOT.glob(".github/*.md")),
 )
 SITE = "https://sbml-jax.github.io/sbml/latest/"

@@ -94,50 +94,35 @@ def test_a_function_without_a_name_counts_by_its_code_and_by_what_it_reads():
 
 # Fields of a config that change the rows of an evaluation (of the ODE or of the bound), and those
 # that change samples. Every other field changes neither.
-OF_BOTH = {
-    *("data.levels", "model.fourier_scale", "score.data_std", "score.label"),
-    *("score.log_snr_range", "score.parameterization", "score.time_scale", "sde.beta_max"),
-    *("sde.beta_min", "sde.data_scale", "sde.data_shift", "training.smallest_time"),
-}
-OF_ROWS = OF_BOTH | {
-    *("eval.ode.atol", "eval.bound.control", "eval.ode.fixed_steps", "eval.bound.importance"),
-    *(
-        "eval.bound.importance_sampling",
-        "eval.ode.max_steps",
-        "eval.ode.method",
-        "eval.bound.n_times",
-    ),
-    *(
-        "eval.precision",
-        "eval.ode.probes",
-        "eval.bound.proposal_bins",
-        "eval.ode.rtol",
-        "eval.seed",
-    ),
-    *("eval.smallest_time", "eval.bound.times", "eval.ode.trace"),
-}
-OF_SAMPLES = OF_BOTH | {
-    *(
-        "data.dequantization",
-        "model.dtype",
-        "sampling.solver.atol",
-        "sampling.denoise_last",
-        "sampling.solver.fixed_steps",
-    ),
-    *(
-        "sampling.solver.max_steps",
-        "sampling.solver.method",
-        "sampling.solver.rtol",
-        "sampling.sampler.name",
-    ),
-    *("sampling.seed", "sampling.smallest_time"),
-}
+OF_BOTH = set(
+    """
+    data.levels model.fourier_scale score.data_std score.label score.log_snr_range
+    score.parameterization score.time_scale sde.beta_max sde.beta_min sde.data_scale
+    sde.data_shift training.smallest_time
+    """.split()
+)
+OF_ROWS = OF_BOTH | set(
+    """
+    eval.ode.atol eval.bound.control eval.ode.fixed_steps eval.bound.importance
+    eval.bound.importance_sampling eval.ode.max_steps eval.ode.method eval.bound.n_times
+    eval.precision eval.ode.probes eval.bound.proposal_bins eval.ode.rtol eval.seed
+    eval.smallest_time eval.bound.times eval.ode.trace
+    """.split()
+)
+OF_SAMPLES = OF_BOTH | set(
+    """
+    data.dequantization model.dtype sampling.solver.atol sampling.denoise_last
+    sampling.solver.fixed_steps sampling.solver.max_steps sampling.solver.method
+    sampling.solver.rtol sampling.sampler.name sampling.seed sampling.smallest_time
+    """.split()
+)
 # Those that change the classifier, which a density of the evaluation computes.
-OF_CLASSIFIER = OF_BOTH | {
-    *("eval.ode.atol", "eval.ode.fixed_steps", "eval.ode.max_steps", "eval.ode.method"),
-    *("eval.ode.probes", "eval.ode.rtol", "eval.ode.trace"),
-    *("eval.seed", "eval.smallest_time"),
-}
+OF_CLASSIFIER = OF_BOTH | set(
+    """
+    eval.ode.atol eval.ode.fixed_steps eval.ode.max_steps eval.ode.method eval.ode.probes
+    eval.ode.rtol eval.ode.trace eval.seed eval.smallest_time
+    """.split()
+)
 # Values of fields whose next number would not be valid.
 OTHERS = {
     "data.crop": "random",

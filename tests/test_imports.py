@@ -30,9 +30,10 @@ OF_FILES = {
 }
 PURE = (
     *(module for module in MODULES if module.split(".")[0] in ("sdes", "statistics")),
-    *("core.types", "core.bits", "core.scalars", "core.pytrees", "losses", "score.divergence"),
-    *("likelihood.flow", "likelihood.ode", "likelihood.quadrature"),
-    *("samplers._grid", "samplers.probability_flow", "audit.oracle"),
+    *"""
+    audit.oracle core.bits core.pytrees core.scalars core.types likelihood.flow likelihood.ode
+    likelihood.quadrature losses samplers._grid samplers.probability_flow score.divergence
+    """.split(),
 )
 NETWORK_LIBRARIES = {"flax", "equinox", "haiku", "optax", "orbax", "grain", "ml_collections"}
 
@@ -184,10 +185,10 @@ def test_the_library_is_there_once_the_package_is_imported() -> None:
 
 
 # Packages of the program, such as those that read image sets: the library must not import them.
-OF_THE_PROGRAM = {
-    *("tensorflow", "tensorflow_datasets", "skimage", "sklearn", "matplotlib", "PIL", "orbax"),
-    *("grain", "tensorboardX", "jinja2", "optax", "ml_collections"),
-}
+OF_THE_PROGRAM = set(
+    "PIL grain jinja2 matplotlib ml_collections optax orbax skimage sklearn tensorboardX "
+    "tensorflow tensorflow_datasets".split()
+)
 # Packages of networks and solvers, and the slow part of SciPy: a loss must not import them.
 OF_DENSITIES = {"flax", "equinox", "diffrax", "scipy.interpolate"}
 

@@ -253,7 +253,9 @@ logging.getLogger("jax").warning("a real warning")
     (tmp_path / "mine.py").write_text(text + lines)
     environment = {"JAX_PLATFORMS": "", "MPLCONFIGDIR": str(tmp_path / "no fonts listed yet")}
     process = runs.start(
-        *(tmp_path, "--mode=train", "--config.optim.lr=0"),
+        tmp_path,
+        "--mode=train",
+        "--config.optim.lr=0",
         config=tmp_path / "mine.py",
         env=environment,
     )

@@ -29,13 +29,20 @@ def reduced(name: str, folder: Path) -> dict[str, Any]:
     """The parameters for the test: a cell with them is inserted after the notebook's own ones."""
     return {
         "quickstart": {
-            **{"STEPS": 20, "IMAGES": 12, "WORKDIR": str(folder)},
+            "STEPS": 20,
+            "IMAGES": 12,
+            "WORKDIR": str(folder),
             "NETWORK": {"nf": 8, "ch_mult": (1, 1), "num_res_blocks": 1},
         },
         "losses_in_your_code": {"STEPS": 20},
         "policy_gradient": {
-            **{"REPEATS": 2, "UPDATES": 5, "STEPS": 20, "TUNING": 5, "PATHS": 16},
-            **{"DRAWS": 200, "GRID": 101},
+            "REPEATS": 2,
+            "UPDATES": 5,
+            "STEPS": 20,
+            "TUNING": 5,
+            "PATHS": 16,
+            "DRAWS": 200,
+            "GRID": 101,
         },
         "boltzmann": {"CHAINS": 50, "KEPT": 2, "STEPS": 20, "SAMPLES": 200},
         "posterior_of_a_simulator": {"SIMULATIONS": 500, "STEPS": 20, "EXAMPLES": 8, "DRAWS": 2},
@@ -70,8 +77,10 @@ def test_colab_keeps_jax_and_its_plugin_at_one_version(path: Path) -> None:
     code = textwrap.dedent(re.search(r"^    plugins = .*?(?=^ +%pip)", cell, re.M | re.S)[0])
     assert '%pip install -q -e "{target}"' in cell
     for plugin, target in {
-        **{"jax-cuda12-plugin": ".[cuda12]", "jax-cuda13-plugin": ".[cuda13]"},
-        **{"libtpu": ".[tpu]", "numpy": "."},
+        "jax-cuda12-plugin": ".[cuda12]",
+        "jax-cuda13-plugin": ".[cuda13]",
+        "libtpu": ".[tpu]",
+        "numpy": ".",
     }.items():
         found = [types.SimpleNamespace(name=name) for name in ("jax", plugin)]
         names: dict[str, Any] = {"distributions": lambda found=found: found}

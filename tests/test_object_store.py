@@ -17,12 +17,11 @@ pytest.importorskip("gcp_storage_emulator", reason="needs the extra dev")
 
 STEPS = "--config.training.num_steps=16"
 FEW = (  # The test is about files, so the computation is small and compiles fast.
-    *(
-        "--config.eval.estimators=bound",
-        "--config.eval.max_images=8",
-        "--config.eval.bound.sweeps=2",
-    ),
-    *("--config.sampling.sampler.name=ddim", "--config.sampling.sampler.steps=2"),
+    "--config.eval.estimators=bound",
+    "--config.eval.max_images=8",
+    "--config.eval.bound.sweeps=2",
+    "--config.sampling.sampler.name=ddim",
+    "--config.sampling.sampler.steps=2",
 )
 
 

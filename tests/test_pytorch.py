@@ -33,8 +33,11 @@ def _module():
             super().__init__()
             self.register_buffer("scale", torch.tensor(0.5))
             self.inside = nn.Sequential(
-                *(nn.Conv2d(2, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU()),
-                *(nn.Dropout(0.5), nn.Conv2d(8, 1, 3, padding=1)),
+                nn.Conv2d(2, 8, 3, padding=1),
+                nn.GroupNorm(2, 8),
+                nn.SiLU(),
+                nn.Dropout(0.5),
+                nn.Conv2d(8, 1, 3, padding=1),
             )
 
         def forward(self, x, t):

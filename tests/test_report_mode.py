@@ -232,14 +232,31 @@ def test_costs_are_those_of_the_training_that_made_the_checkpoint(tmp_path: Path
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *[("config", {"a": 1}), ("config", {"data": 3}), ("config", {"training": {}})],
-        *[("checkpoint", {}), ("checkpoint", {"step": "2", "parameters_crc32": 7})],
-        *[("title", {"a": 1}), ("command", 4), ("tables", 5), ("tables", {PER_IMAGE: "7"})],
-        *[("versions", [1]), ("versions", {}), ("model", 3), ("model", {}), ("classes", [3])],
-        *[("baselines", 3), ("baselines", [{"a": 1}]), ("baselines_left_out", 3)],
-        *[("data", [1]), ("data", {"test": {}})],
-        *[("classifier", 3), ("classifier", {"a": "b"}), ("noise_levels", {}), ("warnings", [1])],
-        *[("results", []), ("results", [3])],
+        ("config", {"a": 1}),
+        ("config", {"data": 3}),
+        ("config", {"training": {}}),
+        ("checkpoint", {}),
+        ("checkpoint", {"step": "2", "parameters_crc32": 7}),
+        ("title", {"a": 1}),
+        ("command", 4),
+        ("tables", 5),
+        ("tables", {PER_IMAGE: "7"}),
+        ("versions", [1]),
+        ("versions", {}),
+        ("model", 3),
+        ("model", {}),
+        ("classes", [3]),
+        ("baselines", 3),
+        ("baselines", [{"a": 1}]),
+        ("baselines_left_out", 3),
+        ("data", [1]),
+        ("data", {"test": {}}),
+        ("classifier", 3),
+        ("classifier", {"a": "b"}),
+        ("noise_levels", {}),
+        ("warnings", [1]),
+        ("results", []),
+        ("results", [3]),
     ],
 )
 def test_an_evaluation_of_another_form_is_refused(key: str, value: object, tmp_path: Path) -> None:
@@ -306,9 +323,7 @@ def test_an_evaluation_of_an_earlier_checkpoint_says_so(
     )  # As after sampling.
     assert of_samples in shown(tmp_path)[1]
     modes = {name: command.rpartition("=")[2] for name, command in numbers["missing"].items()}
-    assert modes == {
-        **{"results": "eval", "samples": "eval,sample", "quality": "eval,sample,quality"}
-    }
+    assert modes == {"results": "eval", "samples": "eval,sample", "quality": "eval,sample,quality"}
 
 
 @pytest.mark.parametrize("failing", ["table", "images"])

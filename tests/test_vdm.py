@@ -222,7 +222,10 @@ def bounds(score: Any, sde: SDE, t: Array, monkeypatch: pytest.MonkeyPatch) -> d
         pair = jnp.stack([jnp.exp(0.5 * gap) * eps, jnp.sqrt(-jnp.expm1(gap)) * eps])
         monkeypatch.setattr(discrete, "_normals", lambda *_: (pair[None], eps_0))
         return discrete.elbo(
-            *(score(condition), sde, pixels, jax.random.key(0)),
+            score(condition),
+            sde,
+            pixels,
+            jax.random.key(0),
             noise=discrete.Categorical(reference.LEVELS),
             eps=0.0,
             u=t[None],

@@ -28,16 +28,20 @@ METHODS = ("log_prob", "logp", "sample_and_log_prob", "bound")
 OF_ONE_SDE = {
     ways.class_rows: {
         *(f"{method}, class and transform, {kind}" for method in METHODS for kind in KINDS),
-        *("classify, prior 0.8 and 0.2", "importance, log Z"),
+        "classify, prior 0.8 and 0.2",
+        "importance, log Z",
         "importance, standard error of log Z, reported / true",
     },
     ways.steps_rows: {f"bound in steps, {label} reduction" for label in ("with", "without")},
     ways.draws_rows: {
-        *("logp, one probe", "logp, noise of the probes, reported / true"),
-        *("bound, each place", "bound, noise of the sweeps, reported / true"),
+        "logp, one probe",
+        "logp, noise of the probes, reported / true",
+        "bound, each place",
+        "bound, noise of the sweeps, reported / true",
     },
     ways.solver_rows: {
-        *("logp by Euler's steps", "sample_and_log_prob by Euler's steps"),
+        "logp by Euler's steps",
+        "sample_and_log_prob by Euler's steps",
         "logp, solver's error, reported / true",
     },
     ways.prior_rows: {"logp, error of the prior"},
@@ -45,7 +49,9 @@ OF_ONE_SDE = {
         f"loss of {order} order in units of its expectation" for order in ("first", "second")
     },
     ways.table_rows: {
-        *("table, log p of the rows", "table, log_prob of the rows", "table, log p of samples"),
+        "table, log p of the rows",
+        "table, log_prob of the rows",
+        "table, log p of samples",
         "table, log p of the Gaussian",
     },
     ways.codec_rows: {"bits of a coded image, and its bound", "bits of a file"},

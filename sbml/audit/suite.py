@@ -55,8 +55,15 @@ from sbml.sdes import SDE, SDES
 from sbml.statistics import intervals
 
 CHECKS = (
-    *("complete", "repeatable", "precise", "independent"),
-    *("bound", "tight", "normalised", "coverage", "error bar"),
+    "complete",
+    "repeatable",
+    "precise",
+    "independent",
+    "bound",
+    "tight",
+    "normalised",
+    "coverage",
+    "error bar",
 )
 PASS, UNCLEAR, FAIL = "pass", "unclear", "FAIL"
 

@@ -104,9 +104,14 @@ class Header(BaseModel):
         """Raise a CodedFileError unless ``codec`` and ``made_by`` are those of the encoder."""
         chain = codec.chain
         here = {
-            **{"shape": list(codec.shape), "levels": codec.levels, "data": codec.data},
-            **{"steps": chain.steps, "eps": chain.eps, "errors": as_integers(chain.errors)},
-            **{"lanes": codec.lanes, **made_by},
+            "shape": list(codec.shape),
+            "levels": codec.levels,
+            "data": codec.data,
+            "steps": chain.steps,
+            "eps": chain.eps,
+            "errors": as_integers(chain.errors),
+            "lanes": codec.lanes,
+            **made_by,
         }
         there = {**self.model_dump(), "lanes": self.lanes, **self.made_by}
         others = [f"{n} {there.get(n)}, here {here[n]}" for n in here if here[n] != there.get(n)]

@@ -56,11 +56,19 @@ class Bar(tqdm):
         self._sum, self._count = 0.0, 0  # of the values
         self._before, self._since = done, 0.0  # items that do not count for the speed, which begins
         super().__init__(
-            **{"desc": name, "unit": f" {unit}", "total": total, "initial": done},
-            **{"file": sys.stderr, "disable": not name or jax.process_index() > 0},
-            **{"mininterval": 0.1 if live else 30, "miniters": 0, "delay": np.inf},
-            **{"leave": live and leave, "ascii": True},
-            **{"ncols": None if live else 0, "dynamic_ncols": live},
+            desc=name,
+            unit=f" {unit}",
+            total=total,
+            initial=done,
+            file=sys.stderr,
+            disable=not name or jax.process_index() > 0,
+            mininterval=0.1 if live else 30,
+            miniters=0,
+            delay=np.inf,
+            leave=live and leave,
+            ascii=True,
+            ncols=None if live else 0,
+            dynamic_ncols=live,
         )
 
     def __enter__(self) -> Self:

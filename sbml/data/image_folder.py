@@ -71,8 +71,12 @@ class ImageFolder(Source):
             log.warning(
                 "%d of %d %s files not used:\n  %s%s\nThis is stored: to try them again, for "
                 "example with another version of Pillow, remove %s",
-                *(len(skipped), len(names), split, "\n  ".join(skipped[:_NAMED_AT_MOST])),
-                *(f"\n  and {more} more, all in {notes_file}" if more > 0 else "", path.parent),
+                len(skipped),
+                len(names),
+                split,
+                "\n  ".join(skipped[:_NAMED_AT_MOST]),
+                f"\n  and {more} more, all in {notes_file}" if more > 0 else "",
+                path.parent,
             )
         ids = tuple(notes["ids"])
         recoloured = (
@@ -206,7 +210,9 @@ def _members(root: Path, split: str, options: Options) -> list[str]:
         listed = ", ".join(f"{suffix} ({n})" for suffix, n in sorted(unused.items()))
         log.warning(
             "%d files in %s have no suffix of an image and are not used: %s",
-            *(sum(unused.values()), printable(str(root)), listed),
+            sum(unused.values()),
+            printable(str(root)),
+            listed,
         )
     folders = sorted(p.name for p in root.iterdir() if p.is_dir())
     own = [f for f in folders if f.lower() in ("train", "test")]

@@ -1057,7 +1057,7 @@ def _log_prob(score: Score, x: Example, key: Key | None, solver: Solver, how: _H
 
 def _sample(score: Score, key: Key, solver: Solver, how: _How) -> Example:
     return samplers.ode_sample(
-        *(score, how.sde, how.shape, key), eps=how.eps, solver=solver, denoise_last=how.denoise
+        score, how.sde, how.shape, key, eps=how.eps, solver=solver, denoise_last=how.denoise
     )[0]
 
 

@@ -94,5 +94,5 @@ class AtNoise(Dequantizer, abc.ABC):
         """The bound on -log P(pixels) in nats: ``discrete.elbo``."""
         noise = self.noise(score, levels)
         return discrete.elbo(
-            *(score, sde, pixels, key), eps=eps, u=u, noise=noise, reduction=reduction, steps=steps
+            score, sde, pixels, key, eps=eps, u=u, noise=noise, reduction=reduction, steps=steps
         )

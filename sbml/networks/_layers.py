@@ -314,7 +314,12 @@ class ResidualBlock(nn.Module):
     scale_shift: bool = False
 
     names: ClassVar[tuple[str, ...]] = (
-        *("GroupNorm_0", "Conv_0", "Dense_0", "GroupNorm_1", "Conv_1", "Conv_2"),
+        "GroupNorm_0",
+        "Conv_0",
+        "Dense_0",
+        "GroupNorm_1",
+        "Conv_1",
+        "Conv_2",
     )
 
     @nn.nowrap

@@ -129,7 +129,10 @@ def callback(module: Module) -> Callable[..., Array]:
         (tangent,) = jax.pure_callback(
             lambda *a: of_batches(function, x.shape, *a),
             (result,),
-            *(x, t, dx, dt),
+            x,
+            t,
+            dx,
+            dt,
             vmap_method="broadcast_all",
         )
         return tangent

@@ -53,9 +53,7 @@ VANISHED = -30.0
 LEAST_SLOPE = 1e-3
 
 # Methods of a time t or, for ``time``, of a log-SNR, which may be an array of any shape.
-ELEMENTWISE = (
-    *("mean_coef", "std", "log_snr", "rate", "drift_coef", "diffusion", "slopes", "time"),
-)
+ELEMENTWISE = tuple("mean_coef std log_snr rate drift_coef diffusion slopes time".split())
 
 _NUMBER: Any = float | Numbers  # ``Numbers`` are arrays.
 

@@ -79,7 +79,12 @@ class Estimator(base.Estimator):
         model = target.dequantizer
         if dequantizers.has_bound(model):
             terms = model.bound(
-                *(params, score, sde, data, bound_key, target.levels),
+                params,
+                score,
+                sde,
+                data,
+                bound_key,
+                target.levels,
                 eps=eps,
                 u=u,
                 reduction=self.reduction,
@@ -88,7 +93,7 @@ class Estimator(base.Estimator):
             return {**terms._asdict(), "dequantization": jnp.zeros(())}, u.size + model.calls
         x, log_q = target.sample(params, data, stream(key, "dequantization"))
         terms = bound.elbo(
-            *(score, sde, x, bound_key), eps=eps, u=u, reduction=self.reduction, **self.own
+            score, sde, x, bound_key, eps=eps, u=u, reduction=self.reduction, **self.own
         )
         return {**terms._asdict(), "dequantization": log_q}, u.size + 1
 

@@ -43,7 +43,10 @@ class Estimator(base.Estimator):
     """
 
     terms: ClassVar[tuple[str, ...]] = (
-        *(*likelihood.TERMS, "dequantization", "importance", "scale"),
+        *likelihood.TERMS,
+        "dequantization",
+        "importance",
+        "scale",
     )
     is_bound: ClassVar[bool] = False
 
@@ -95,7 +98,7 @@ class Estimator(base.Estimator):
             draws, probes = stream(key, "dequantization"), stream(key, "probes")
         x, log_q = target.sample(params, data, draws)
         result = likelihood.ode_logp(
-            *(score, target.sde, x, probes), eps=target.eps, trace=self.trace, solver=self.solver
+            score, target.sde, x, probes, eps=target.eps, trace=self.trace, solver=self.solver
         )
         terms = {name: -term for name, term in result.terms.items()}
         return {**terms, "dequantization": log_q}, result

@@ -364,8 +364,10 @@ class Experiment:
         identity = {"sde": config["sde"], "score": config["score"], "model": model}
         # Numbers that were stored before these fields existed are those of their defaults.
         for section, field, usual in (
-            *(("sde", "data_scale", 1.0), ("sde", "data_shift", 0.0)),
-            *(("score", "time_scale", 999.0), ("model", "classes", 0)),
+            ("sde", "data_scale", 1.0),
+            ("sde", "data_shift", 0.0),
+            ("score", "time_scale", 999.0),
+            ("model", "classes", 0),
         ):
             if identity[section].get(field) == usual:
                 del identity[section][field]

@@ -199,11 +199,12 @@ def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[
 
 # Settings of the sections ``training`` and ``optim`` that do not change the training. The number of
 # steps does change it under a cosine schedule.
-WITHOUT_EFFECT = {
-    *("num_steps", "steps_per_dispatch", "shard_state", "log_every"),
-    *("checkpoint_every", "keep_last", "keep_every", "sample_every"),
-    *("validate_every", "validation_images"),
-}
+WITHOUT_EFFECT = set(
+    """
+    num_steps steps_per_dispatch shard_state log_every checkpoint_every keep_last keep_every
+    sample_every validate_every validation_images
+    """.split()
+)
 
 
 def changed_settings(metadata: Metadata, ours: Metadata, prefix: str) -> list[str]:

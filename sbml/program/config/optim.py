@@ -69,16 +69,23 @@ class Optim(Section):
             logging.warning(
                 "%s.warmup=%d in a run of %d steps: the learning rate only rises, to %s; set "
                 "--config.%s.warmup=%d",
-                *(self.section, self.warmup, num_steps),
+                self.section,
+                self.warmup,
+                num_steps,
                 notation(self.lr * num_steps / self.warmup, "g"),
-                *(self.section, num_steps // 10),
+                self.section,
+                num_steps // 10,
             )
         if (initial := self.ema**num_steps) > MOST_INITIAL:
             logging.warning(
                 "%s.ema=%g in a run of %d steps: initial values have a weight of %.0f%% in the "
                 "averaged parameters, which are evaluated and sampled; set --config.%s.ema=%.7g",
-                *(self.section, self.ema, num_steps, 100 * initial),
-                *(self.section, max(0.0, 1 - 6.5 / num_steps)),
+                self.section,
+                self.ema,
+                num_steps,
+                100 * initial,
+                self.section,
+                max(0.0, 1 - 6.5 / num_steps),
             )
 
     def rate(self, num_steps: int) -> "optax.Schedule":

@@ -46,8 +46,12 @@ DEQUANTIZER = "flowpp_dequantizer/checkpoints"
 
 # Several heights with attention, or numbers of heads, can fit the same shapes of parameters.
 UNTOLD = (
-    *("sde.name", "training.smallest_time", "score.parameterization"),
-    *("training.likelihood_weighting", "training.importance_sampling", "data.flip"),
+    "sde.name",
+    "training.smallest_time",
+    "score.parameterization",
+    "training.likelihood_weighting",
+    "training.importance_sampling",
+    "data.flip",
     *(f"model.{name}" for name in ("nonlinearity", "skip_rescale", "fir", "fir_kernel")),
     "model.attn_resolutions",
 )

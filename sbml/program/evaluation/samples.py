@@ -183,7 +183,9 @@ def stored(trained: Trained, preemption: Preemption) -> Samples:
         logging.warning(
             "%d of %d samples are not finite or not solved; the first are %s. Try smaller "
             "tolerances or more steps, or a network that was trained longer",
-            *(samples.failed.sum(), len(samples.failed), np.flatnonzero(samples.failed)[:5]),
+            samples.failed.sum(),
+            len(samples.failed),
+            np.flatnonzero(samples.failed)[:5],
         )
     return samples
 

@@ -38,11 +38,11 @@ MODES = Registry(
     "mode",
     {
         name: f"sbml.program.modes.{name}:run"
-        for name in (  # in the order of their use
-            *("train", "train_dequantizer", "convert", "eval", "sample", "stats", "quality"),
-            *("latents", "report", "compare", "compress", "decompress", "table"),
-            *("verify", "audit"),
-        )
+        # in the order of their use
+        for name in """
+            train train_dequantizer convert eval sample stats quality latents report compare
+            compress decompress table verify audit
+        """.split()
     },
     Callable,
 )

@@ -57,7 +57,9 @@ def run(experiment: Experiment, workdir: Workdir) -> Workdir:
         logging.warning(
             "%s is of step %d, but the newest checkpoint is of step %d: to compare that, draw new "
             "samples (--mode=sample,quality)",
-            *(workdir / SAMPLES, step, newest),
+            workdir / SAMPLES,
+            step,
+            newest,
         )
     if failed := int(np.sum(read["failed"])):
         logging.warning("%d of %d samples are not finite", failed, len(images))
@@ -77,7 +79,10 @@ def run(experiment: Experiment, workdir: Workdir) -> Workdir:
     picture = png(grid(experiment, pictured, columns=len(pictured) // 2))
     workdir.write_bytes(NEIGHBOURS, picture)
     result = {
-        **{"step": step, "values": values, "warnings": warnings, "data": train.fingerprint},
+        "step": step,
+        "values": values,
+        "warnings": warnings,
+        "data": train.fingerprint,
         "images_crc32": tree_crc32(images),
         "neighbours_crc32": zlib.crc32(picture),
     }
@@ -160,7 +165,8 @@ def distances_of_features(
         logging.warning(
             "%d samples for %d features: distances of so few samples are unreliable; draw more "
             "(sampling.num_images)",
-            *(n, features.shape[1]),
+            n,
+            features.shape[1],
         )
     frechet, kernel, score = extract.names
     return {

@@ -74,6 +74,9 @@ def progress(
     words.append("no loss logged yet" if loss is None else f"last loss {loss:z.4f}")
     return {
         "line": ", ".join(words),
-        **{"owner": owner, "step": step, "num_steps": num_steps},
-        **{"loss": loss, "checkpoint": checkpoint},
+        "owner": owner,
+        "step": step,
+        "num_steps": num_steps,
+        "loss": loss,
+        "checkpoint": checkpoint,
     }

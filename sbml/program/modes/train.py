@@ -161,7 +161,9 @@ def fit(experiment: Experiment, workdir: Workdir, learner: Learner) -> None:
 
         # What a step needs: its compiled update, its key, and its batch.
         update = sharding.compiled_step(
-            *(learner.update, mesh, state),
+            learner.update,
+            mesh,
+            state,
             steps_per_dispatch=stride,
             shard_state=section.shard_state,
         )
@@ -295,7 +297,10 @@ def _restore(
                 "%s has no checkpoint, but %s reaches step %d: training begins again at step 0, "
                 "the old rows go to %s, and the old pictures to samples/*.earlier. If the "
                 "checkpoints were moved, stop this run, and put them and these files back",
-                *(checkpoints.directory, metrics.FILE, rows[-1]["step"], metrics.EARLIER),
+                checkpoints.directory,
+                metrics.FILE,
+                rows[-1]["step"],
+                metrics.EARLIER,
             )
         state = sharding.initial_state(learner.init, mesh, shard_state=section.shard_state)
         return state, 0, provenance
@@ -313,7 +318,9 @@ def _restore(
     elif changed or restored.step > section.num_steps:
         logging.warning(
             "nothing is trained: step %d is stored, and %s=%d. Changed: %s",
-            *(restored.step, section.name_of("num_steps"), section.num_steps),
+            restored.step,
+            section.name_of("num_steps"),
+            section.num_steps,
             names or "nothing else",
         )
     return restored.state, restored.step, provenance

@@ -41,10 +41,12 @@ KIND = ("estimator", "dequantizer", "num_importance")  # what :func:`label` name
 # The names of the estimators on the page: in headings, and in the headline.
 ESTIMATORS = {"ode": ("ODE", "probability-flow ODE"), "bound": ("bound", "evidence bound")}
 DETAILS = {"data": "Data fingerprints", "config": "Configuration"}
-SHOWN_ELSEWHERE = {
-    *("title", "results", "baselines", "baselines_left_out", "warnings", "command", "missing"),
-    *("gap", "noise_levels", "running", "provenance", "verdict"),
-}
+SHOWN_ELSEWHERE = set(
+    """
+    title results baselines baselines_left_out warnings command missing gap noise_levels running
+    provenance verdict
+    """.split()
+)
 
 
 class Figure(TypedDict):

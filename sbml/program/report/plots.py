@@ -20,8 +20,12 @@ INK, MUTED, RULE = "#1b2026", "#59616c", "#d9dde3"
 ACCENT, SECOND, WARN = "#1d5fa6", "#c07a00", "#a63a0a"
 # Blue (accent) and amber (second) differ for all kinds of colour blindness.
 PALETTE = {
-    **{"ink": INK, "muted": MUTED, "rule": RULE},
-    **{"accent": ACCENT, "second": SECOND, "warn": WARN},
+    "ink": INK,
+    "muted": MUTED,
+    "rule": RULE,
+    "accent": ACCENT,
+    "second": SECOND,
+    "warn": WARN,
 }
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -181,7 +185,9 @@ def pair(
 
 def _warn(axes: Axes, height: float, text: str) -> None:
     axes.text(
-        *(1, height, text),
+        1,
+        height,
+        text,
         transform=axes.transAxes,
         ha="right",
         va="top",

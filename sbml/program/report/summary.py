@@ -117,7 +117,8 @@ def write(
             else:
                 logging.warning(
                     "%s is not that of %s: left out; make it again (--mode=quality)",
-                    *(workdir / NEIGHBOURS, QUALITY),
+                    workdir / NEIGHBOURS,
+                    QUALITY,
                 )
     elif workdir.has(SAMPLES):
         drawn, evaluated = int(workdir.read(SAMPLES)["step"]), checkpoint["step"]

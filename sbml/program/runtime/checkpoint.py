@@ -354,7 +354,9 @@ class Checkpoints:
             logging.error(
                 "The checkpoint of step %d was not saved in %s: %s. Training goes on, and tries "
                 "again to save at each later checkpoint",
-                *(step, self.directory, reason),
+                step,
+                self.directory,
+                reason,
             )
         self._missed, self._tried = (step, reason), True
 

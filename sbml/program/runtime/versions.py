@@ -9,10 +9,7 @@ import jax
 from sbml import __version__
 from sbml.core import compiler
 
-PACKAGES = (
-    *("jax", "jaxlib", "flax", "optax", "diffrax"),
-    *("orbax-checkpoint", "grain", "numpy"),
-)
+PACKAGES = tuple("jax jaxlib flax optax diffrax orbax-checkpoint grain numpy".split())
 
 
 @functools.cache

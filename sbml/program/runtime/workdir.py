@@ -103,13 +103,16 @@ FORMS: dict[str, Any] = {
             "classifier?": dict[str, Number],
             "classes?": list[str],
             "tables?": dict[str, int],
-            **{"title?": str, "command?": str},
+            "title?": str,
+            "command?": str,
         }
     ),
     QUALITY: _form(
         {
-            **{"values": dict[str, Number], "images_crc32": int},
-            **{"warnings?": list[str], "neighbours_crc32?": int},
+            "values": dict[str, Number],
+            "images_crc32": int,
+            "warnings?": list[str],
+            "neighbours_crc32?": int,
         }
     ),
     CODEC: _form(
@@ -118,7 +121,8 @@ FORMS: dict[str, Any] = {
                 ("count", "bytes", "steps", "lanes", "restored", "parameters_crc32"), int
             ),
             **dict.fromkeys(("disk", "net", "initial", "header", "bound", "bound_stderr"), float),
-            **{"bound_ci95?": float, "warnings?": list[str]},
+            "bound_ci95?": float,
+            "warnings?": list[str],
         }
     ),
     SAMPLES: _form(dict.fromkeys(("images", "nfe", "failed", "step", "sampler"), Any)),

@@ -102,12 +102,16 @@ def test_an_integer_denoiser_is_read_with_the_data_it_was_trained_on() -> None:
         config.score.parameterization = "levels"
 
 
-def test_a_checkpoint_with_other_bins_of_times_is_named_by_the_field() -> None:
+def test_a_checkpoint_with_other_bins_of_times_or_optimizer_is_named_by_the_field() -> None:
     config = tiny.get_config()
     experiment = build.Experiment(config)
     metadata = experiment.provenance(experiment.images("train"))
     config.training.proposal_bins = 16
     with pytest.raises(ValueError, match=r"training\.proposal_bins is 16, the checkpoint's is 32"):
+        check_training(build.Experiment(config).config, metadata)
+    del metadata["config"]["optim"]["name"]  # as in a checkpoint from before Muon
+    config.training.proposal_bins, config.optim.name = 32, "muon"
+    with pytest.raises(ValueError, match=r"optim\.name is muon, the checkpoint's is adam"):
         check_training(build.Experiment(config).config, metadata)
 
 

@@ -1,4 +1,4 @@
-"""The optimizer, compared with the formulas of Adam: its clipping, weight decay and schedules."""
+"""The optimizer, compared with formulas of Adam and Muon: clipping, weight decay and schedules."""
 
 import functools
 
@@ -8,10 +8,12 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sbml import losses
 from sbml.program.config import build
-from sbml.program.config.optim import Optim
+from sbml.program.config.config import default
+from sbml.program.config.optim import Optim, muon_dimensions
 from sbml.program.config.training import loss_unit
 
 
@@ -42,6 +44,84 @@ def test_adam_by_hand_with_clipping():
         p = p - 1e-2 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
     got = step(adam(grad_clip=1.0), np.array([1.0, -1.0]), g, g)
     np.testing.assert_allclose(got, p, rtol=1e-5)
+
+
+def orthogonalized(g):
+    """Five steps of Jordan et al.'s quintic iteration of the singular values of g / |g|:
+    s -> 3.4445 s - 4.775 s^3 + 2.0315 s^5, which leads near 1."""
+    u, s, v = np.linalg.svd(g, full_matrices=False)
+    s /= np.linalg.norm(s)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    assert np.all(abs(s - 1) < 0.5)
+    return (u * s) @ v
+
+
+def test_muon_by_hand():
+    """Two steps with Nesterov's momentum. A kernel of a convolution is a matrix of (h w in) x out.
+    The other parameters take Adam's steps."""
+    draw = np.random.default_rng(0).normal
+    kernel, first = draw(size=(2, 2, 3, 5)), {"kernel": draw(size=(2, 3)), "bias": draw(size=3)}
+    params = {"Block_0": {"Conv_0": {"kernel": kernel, "bias": first["bias"]}}, "Conv_0": first}
+    grads = [jax.tree.map(lambda p: draw(size=p.shape), params) for _ in range(2)]
+    got = step(adam(name="muon", weight_decay=0.1), params, *grads)
+    m, p = 0.0, kernel.reshape(12, 5)
+    for t, grad in enumerate(grads, start=1):
+        g = grad["Block_0"]["Conv_0"]["kernel"].reshape(12, 5)
+        m = 0.95 * m + 0.05 * g
+        ahead = 0.95 * m / (1 - 0.95 ** (t + 1)) + 0.05 * g / (1 - 0.95**t)
+        p = p - 1e-2 * (0.2 * np.sqrt(12) * orthogonalized(ahead) + 0.1 * p)
+    np.testing.assert_allclose(got["Block_0"]["Conv_0"]["kernel"].reshape(12, 5), p, rtol=1e-4)
+    m, v, p = 0.0, 0.0, first["kernel"]
+    for t, grad in enumerate(grads, start=1):
+        g = grad["Conv_0"]["kernel"]
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        ahead = 0.9 * m / (1 - 0.9 ** (t + 1)) + 0.1 * g / (1 - 0.9**t)
+        p = p - 1e-2 * (ahead / (np.sqrt(v / (1 - 0.999**t)) + 1e-8) + 0.1 * p)
+    np.testing.assert_allclose(got["Conv_0"]["kernel"], p, rtol=1e-5)
+
+
+UNET2D = {
+    "block_out_channels": (32, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D"),
+}
+SMALL = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)}
+
+
+@pytest.mark.parametrize(
+    ("network", "fields", "outside"),
+    [
+        ("ncsnpp", SMALL, {"Conv_0", "Conv_1", "Dense_0", "Dense_1"}),
+        ("unet2d", UNET2D, {"conv_in", "conv_out"}),
+        ("vdm", {"width": 32, "depth": 1}, {"conv_in", "conv_out", "dense0", "dense1"}),
+    ],
+)
+def test_muon_changes_the_kernels_inside_blocks_alone(network, fields, outside):
+    """These are all parameters with two axes or more, except for those outside blocks and the
+    embedding of the classes."""
+    config = tiny.get_config()
+    with config.unlocked():
+        config.model = default(network).model
+    config.model.update(fields, classes=10)
+    experiment = build.Experiment(config)
+    shapes = jax.eval_shape(lambda key: experiment.adapter.init(key, (8, 8, 1)), jax.random.key(0))
+    shapes = flatten_dict(shapes)
+    dimensions = flatten_dict(muon_dimensions(unflatten_dict(shapes)))
+    adams = set()
+    for path, leaf in shapes.items():
+        if leaf.ndim >= 2 and dimensions[path] is None:
+            adams.add(path[0])
+        else:
+            last = leaf.ndim - 1
+            assert dimensions[path] == ((tuple(range(last)), last) if last else None)
+    assert adams == {*outside, "classes"}
+
+
+def test_muon_needs_blocks():
+    with pytest.raises(ValueError, match="optim.name=muon: the network has no kernels inside blo"):
+        adam(name="muon").init({"Dense_0": {"kernel": np.ones((2, 2))}})
 
 
 def test_only_kernels_decay():

@@ -15,14 +15,16 @@ import pytest
 import runs
 import tiny
 from etils import epath
+from flax import linen as nn
 from jax.experimental import multihost_utils
 
 from configs import digits_vp
+from sbml.networks import mlp
 from sbml.program.config import build, compatibility
 from sbml.program.evaluation import samples
 from sbml.program.modes import train
 from sbml.program.runtime import metrics, preemption
-from sbml.program.runtime.checkpoint import Checkpoints
+from sbml.program.runtime.checkpoint import Checkpoints, OtherModelError
 from sbml.program.runtime.lock import BusyError
 from sbml.program.runtime.workdir import Workdir
 
@@ -234,6 +236,33 @@ def test_more_steps_change_a_training_with_a_cosine_schedule(schedule):
         told.append({"config": build.Experiment(config).config.plain()})
     expected = ["training.num_steps 40 -> 400"] if schedule == "cosine" else []
     assert compatibility.changed_settings(*told, "") == expected
+
+
+class Block(nn.Module):
+    """The small MLP as a block of a network, so that Muon changes its kernels."""
+
+    @nn.compact
+    def __call__(self, x, label, *, train):
+        return mlp.Model(width=8, depth=1, name="Block_0")(x, label, train=train)
+
+
+@pytest.mark.slow
+def test_a_run_with_muon_continues_bitwise(tmp_path):
+    """A config of Adam can evaluate its checkpoints, but not continue its training."""
+    config = tiny.get_config()
+    with config.unlocked():
+        config.model = {"name": "test_train:Block"}
+    config.update({"optim": {"name": "muon"}, "score": {"parameterization": "noise"}})
+    for workdir, numbers in (("whole", (4,)), ("parts", (2, 4))):
+        for config.training.num_steps in numbers:
+            runs.mode(train.run, config, tmp_path / workdir)
+    whole, parts = (runs.state(config, tmp_path / name).state for name in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    config.optim.name = "adam"
+    evaluated = build.Experiment(config).restore(tmp_path / "whole").state
+    jax.tree.map(np.testing.assert_array_equal, evaluated, whole)
+    with pytest.raises(OtherModelError, match=r"optim\.name is adam, the checkpoint's is muon"):
+        runs.mode(train.run, config, tmp_path / "whole")
 
 
 @pytest.mark.slow

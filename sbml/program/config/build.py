@@ -330,7 +330,11 @@ class Experiment:
             bins = metadata["config"]["training"].get("proposal_bins", 0)
             placement = sharding.replicated(mesh)
             statistics = jax.ShapeDtypeStruct((2, bins), jnp.float32, sharding=placement)
-            return expected.replace(statistics=statistics if bins else ())
+            optimizer = self.config.optim.replace(name=compatibility.optimizer_name(metadata))
+            init = functools.partial(optimizer.transformation(1, 1.0).init, expected.params)
+            return expected.replace(
+                statistics=statistics if bins else (), opt_state=sharding.abstract(init, mesh)
+            )
 
         return template
 

@@ -164,11 +164,19 @@ def check_score(config: Config, metadata: Metadata) -> None:
 def check_training(config: Config, metadata: Metadata) -> None:
     """Check that a training with ``config`` can continue from a checkpoint.
 
-    The checkpoint contains statistics of the loss for each bin of the times, so the number of bins
-    must be the same.
+    The checkpoint contains statistics of the loss for each bin of the times, and the state of the
+    optimizer, so the number of bins and the optimizer must be the same.
     """
     check_score(config, metadata)
-    _refuse(_differences(config, metadata, "training.proposal_bins"))
+    different = _differences(config, metadata, "training.proposal_bins")
+    if config.optim.name != (name := optimizer_name(metadata)):
+        different.append(("optim.name", config.optim.name, name))
+    _refuse(different)
+
+
+def optimizer_name(metadata: Metadata) -> str:
+    """The optimizer of a checkpoint. The first checkpoints, all of Adam, do not name theirs."""
+    return metadata["config"].get("optim", {}).get("name", "adam")
 
 
 def check_dequantizer(config: Config, metadata: Metadata) -> None:

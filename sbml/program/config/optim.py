@@ -1,17 +1,21 @@
-"""``config.optim`` and ``config.dequantizer.optim``: the paper's optimizer.
+"""``config.optim`` and ``config.dequantizer.optim``: the paper's optimizer, or Muon.
 
-This is Adam with clipping by the global norm and linear warm-up,
+The paper's is Adam with clipping by the global norm and linear warm-up,
 
 learning rate at step n = lr min(n / warmup, 1)
+
+Muon (Jordan et al. 2024) replaces Adam's step for an m x n matrix by an orthogonal one. If U S V^T
+is the average of its gradients, the step is about lr .2 sqrt(max(m, n)) U V^T, whose entries have
+the root mean square .2 lr, as Adam's usually have.
 """
 
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import jax
 from absl import logging
 
 from sbml.core.scalars import notation
-from sbml.core.types import Array
+from sbml.core.types import Array, PyTree
 from sbml.program.config.fields import Natural, Section, among, field, refusal
 
 if TYPE_CHECKING:  # Otherwise the functions import it, because --help does not need it.
@@ -19,6 +23,8 @@ if TYPE_CHECKING:  # Otherwise the functions import it, because --help does not 
 
 # The program warns if the initial parameters weigh more than this in the averaged ones.
 MOST_INITIAL = 0.2
+# The names of the kernels of all networks.
+KERNELS = ("kernel", "W", "weight")
 
 
 class Optim(Section):
@@ -30,12 +36,17 @@ class Optim(Section):
 
     section: ClassVar[str] = "optim"
 
+    name: Annotated[str, among(("adam", "muon"))] = field(
+        "adam", "muon: orthogonal steps for the kernels inside blocks, and Adam's for the rest"
+    )
     lr: float = field(2e-4, "largest learning rate", gt=0, le=1)
     warmup: Natural = field(5_000, "number of steps in which the rate rises from 0 to lr")
     schedule: Annotated[str, among(("constant", "cosine"))] = field(
         "constant", "the learning rate after the warm-up; cosine: it falls to zero at num_steps"
     )
-    beta1: float = field(0.9, "decay of the gradient's average per step", ge=0, lt=1)
+    beta1: float = field(
+        0.9, "decay of the gradient's average per step; Muon's own is 0.95", ge=0, lt=1
+    )
     beta2: float = field(0.999, "decay of the squared gradient's average per step", ge=0, lt=1)
     eps: float = field(1e-8, "added to the root of the second moment", ge=1e-30, le=1)
     weight_decay: float = field(
@@ -102,7 +113,7 @@ class Optim(Section):
         return optax.constant_schedule(self.lr)
 
     def transformation(self, num_steps: int, unit: float) -> "optax.GradientTransformation":
-        """The optimizer of a run of ``num_steps``: clipping, Adam, decoupled weight decay.
+        """The optimizer of a run of ``num_steps``: clipping, Adam or Muon, decoupled weight decay.
 
         ``unit`` is the value of the loss here when the paper's loss is 1. The norm is clipped at
         ``grad_clip * unit``, which equals clipping the paper's gradient at ``grad_clip``. Only
@@ -121,14 +132,52 @@ class Optim(Section):
         def decay(updates: optax.Updates, params: optax.Params) -> optax.Updates:
             return jax.tree_util.tree_map_with_path(decayed, updates, params)
 
-        # The state has one structure for all settings, so a run can continue with other settings.
+        # The state's structure depends on the name alone: a run can continue with other settings.
         clip = self.grad_clip * unit
+        adam = optax.scale_by_adam(self.beta1, self.beta2, self.eps)
         return optax.chain(
             optax.clip_by_global_norm(clip) if clip else optax.identity(),
-            optax.scale_by_adam(self.beta1, self.beta2, self.eps),
+            self._muon() if self.name == "muon" else adam,
             optax.stateless(decay) if self.weight_decay else optax.identity(),
             optax.scale_by_learning_rate(self.rate(num_steps)),
         )
+
+    def _muon(self) -> "optax.GradientTransformation":
+        """The step of Muon for a rate of 1, before its sign changes."""
+        import optax
+
+        return optax.contrib.muon(
+            learning_rate=-1.0,  # scale_by_learning_rate follows, with the schedule and the sign
+            eps=self.eps,
+            adam_b1=self.beta1,
+            adam_b2=self.beta2,
+            muon_weight_dimension_numbers=muon_dimensions,
+            consistent_rms=0.2,
+        )
+
+
+def muon_dimensions(params: PyTree) -> PyTree:
+    """The axes of every kernel that Muon changes, and None for all other parameters.
+
+    A kernel (h, w, in, out) is a matrix (h w in) x out. Those of the network itself, which are
+    outside its blocks, stay with Adam: they map from the image and the label, and to the output,
+    where steps of equal size in all directions do not suit. So do embeddings and vectors.
+
+    Raises:
+      ValueError: no parameter is a kernel inside a block.
+    """
+    import optax
+
+    def of(path: jax.tree_util.KeyPath, param: Array) -> Any:
+        if len(path) < 3 or param.ndim < 2 or getattr(path[-1], "key", "") not in KERNELS:
+            return None
+        last = param.ndim - 1
+        return optax.contrib.MuonDimensionNumbers(tuple(range(last)), last)
+
+    dimensions = jax.tree_util.tree_map_with_path(of, params)
+    if not jax.tree.leaves(dimensions):
+        raise ValueError("optim.name=muon: the network has no kernels inside blocks; give adam")
+    return dimensions
 
 
 class DequantizerOptim(Optim):
@@ -136,4 +185,5 @@ class DequantizerOptim(Optim):
 
     section: ClassVar[str] = "dequantizer.optim"
 
+    name: Annotated[str, among(("adam",))] = field("adam", "the optimizer")
     ema: float = field(0.99, "decay of the parameters' average per step", ge=0, lt=1)

@@ -9,7 +9,8 @@ What one needs first:
   --mode=MODE,...            Modes to run, in order; default: config.mode.
   --workdir=DIR              Folder of results; default: runs/<name of config>.
   --trust=NAME,...           Parts of other packages, or packages, whose code
-                             may run if only a file of --workdir names them.
+                             may run, and paths that may be read, if only a
+                             file of --workdir names them.
   --source=PATH              What convert, compress and decompress read.
   --config.FIELD=VALUE       A field, such as --config.eval.ode.rtol=1e-5.
 
@@ -213,8 +214,9 @@ def main(options: Namespace) -> None:
         check_values(options)
         own = None if options.config is None else configs.load(options.config)
         given = options.fields, options.own, options.mode
-        named = configs.parts_in(own and own.to_dict(), *given)
-        with registry.only({*options.trust, *named}):
+        values = {} if own is None else own.to_dict()
+        paths = configs.paths_in({**flatten_dict(values, sep="."), **options.fields})
+        with registry.only({*options.trust, *configs.parts_in(values, *given), *paths}):
             _run(options, own)
     except KeyboardInterrupt:
         if options.traceback:

@@ -5,6 +5,7 @@ To import a module is to run it. So only what the user names is imported.
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sbml import main
+from sbml import data, main
 from sbml.core import registry
 from sbml.program.config import compatibility
 from sbml.program.config.config import Config, default, of_checkpoint
@@ -175,3 +176,62 @@ def test_a_question_imports_nothing(run: Run) -> None:
     assert run.imported
     with registry.only([]), registry.only(["evil.part"]), pytest.raises(PermissionError):
         SDES[NAME]
+
+
+def test_a_path_that_only_the_checkpoint_names_is_not_read(run: Run, tmp_path: Path) -> None:
+    """TFDS imports a class that a file of ``cache_dir`` names, and a folder can be the whole disk.
+    The command line, ``--config`` or ``--trust`` allows a path."""
+    (tmp_path / "mine.py").write_text(
+        "from tiny import get_config as other\n\n\ndef get_config():\n    config = other()\n"
+        f"    config.data.cache_dir = '{tmp_path}/x'\n    return config\n"
+    )
+    old = "imagenet32:old"
+    for field, source in (("path", "image_folder"), ("cache_dir", old), ("manual_dir", old)):
+        path = f"{tmp_path}/x"
+        run.holds(**{"data.source": source, "data.levels": 256, f"data.{field}": path})
+        said = run.says("--mode=train")
+        assert f"data.{field}={path} is not read: a file of the work directory names it" in said
+        assert f"give --config.data.{field}={path}, or --trust={path}, or" in said
+        assert "\n" not in said
+        for given in (f"--config.data.{field}={path}", f"--trust=a,{path}/"):
+            assert "is not read" not in run.says("--mode=train", given), (field, given)
+        assert "is not read" in run.says("--mode=train", f"--trust={tmp_path}/y")
+        assert "is not read" not in run.says("--mode=sample")  # It reads no images.
+    assert "is not read" not in run.says("--mode=train", f"--config={tmp_path / 'mine.py'}")
+    with registry.only([str(tmp_path)]), pytest.raises(PermissionError, match="is not read"):
+        Config(**tiny.get_config().to_dict()).data.replace(path="/").options  # noqa: B018
+
+
+def test_a_features_file_of_the_checkpoint_imports_nothing(run: Run, tmp_path: Path) -> None:
+    """TFDS itself would import the class that ``features.json`` of ``cache_dir`` names."""
+    home = tmp_path / "cache" / "tensorflow_datasets" / "mine" / "1.0.0"
+    home.mkdir(parents=True)
+    (home / "features.json").write_text('{"pythonClassName": "evil.part.Mine"}')
+    info = {"name": "mine", "version": "1.0.0", "fileFormat": "array_record", "splits": []}
+    (home / "dataset_info.json").write_text(json.dumps(info))
+    run.holds(**{"data.source": "tfds:mine", "data.cache_dir": str(tmp_path / "cache")})
+    assert "is not read" in run.says("--mode=train")
+
+
+def test_threads_do_not_share_trust(run: Run) -> None:
+    """Two contexts overlap in two threads: neither sees the other's names, and afterwards all is as
+    before. The thread that reads batches has the context of the one that started it."""
+    inside, left = threading.Event(), threading.Event()
+
+    def honest() -> None:
+        with registry.only(["evil"]):
+            inside.set()
+            left.wait(10)
+
+    other = threading.Thread(target=honest)
+    other.start()
+    inside.wait(10)
+    with registry.only([]):
+        with pytest.raises(PermissionError):
+            SDES[NAME]
+        left.set()
+        other.join()
+        with pytest.raises(PermissionError):
+            list(data.prefetch(lambda step: SDES[NAME], stop=1))
+    assert not run.imported
+    assert SDES[NAME].__name__ == "Mine" and run.imported

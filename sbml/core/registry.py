@@ -11,38 +11,64 @@ imported; for names in files that may be somebody else's, :func:`only` says whic
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import difflib
 import importlib
 import inspect
+import os
 import re
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 from sbml.core import door
 
 OUTSIDE = re.compile(r"\w+(?:\.\w+)*:\w+")  # the form of the name of a part of another package
-_trusted: frozenset[str] | None = None  # what :func:`only` allows; None: everything
+# What :func:`only` allows; None: everything. Each thread has its own value, so a thread that works
+# for the context of another one must run in a copy of it (``contextvars.copy_context``).
+_trusted: contextvars.ContextVar[frozenset[str] | None] = contextvars.ContextVar(
+    "trusted", default=None
+)
 
 
 @contextlib.contextmanager
 def only(names: Iterable[str]) -> Iterator[None]:
     """A context in which parts of other packages are imported only if they are among ``names``, or
-    in a package or module among them. A context inside of another one changes nothing."""
-    global _trusted
-    before = _trusted
-    _trusted = frozenset(names) if before is None else before
+    in a package or module among them, and only paths among them are read (:func:`check_path`). A
+    context inside of another one changes nothing, and one in another thread neither."""
+    before = _trusted.get()
+    token = _trusted.set(frozenset(names) if before is None else before)
     try:
         yield
     finally:
-        _trusted = before
+        _trusted.reset(token)
 
 
 def _is_trusted(name: str) -> bool:
-    if _trusted is None or name in _trusted:
+    trusted = _trusted.get()
+    if trusted is None or name in trusted:
         return True
     module = name.partition(":")[0]
-    return any(f"{module}.".startswith(f"{package}.") for package in _trusted)
+    return any(f"{module}.".startswith(f"{package}.") for package in trusted)
+
+
+def absolute(path: str) -> str:
+    """The absolute path, which is never the name of a package."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def check_path(field: str, path: str) -> None:
+    """Check that the program may use ``path``, the value of ``field``: it is empty, :func:`only`
+    names it, or there is no such context. Files there can name code, and be private."""
+    trusted = _trusted.get()
+    if path and trusted is not None and absolute(path) not in map(absolute, trusted):
+        raise PermissionError(
+            f"{field}={path} is not read: a file of the work directory names it, but you did not. "
+            f"If you mean this path, give {shlex.quote(f'--config.{field}={path}')}, or "
+            f"{shlex.quote(f'--trust={path}')}, or the --config that names it (in Python: "
+            f"trust=[{path!r}])"
+        )
 
 
 def hint(name: str, names: Iterable[str], remedy: str = "", section: str = "") -> str:

@@ -8,6 +8,7 @@ the number of processes.
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 
@@ -103,7 +104,7 @@ def prefetch(
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
         for step in count(start) if stop is None else range(start, stop):
-            waiting.append((step, pool.submit(fetch, step)))
+            waiting.append((step, pool.submit(copy_context().run, fetch, step)))
             if len(waiting) > depth:
                 ready, batch = waiting.popleft()
                 yield ready, batch.result()

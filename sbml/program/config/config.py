@@ -29,7 +29,7 @@ from sbml.density.estimators import Cell
 from sbml.dequantizers import DEQUANTIZERS
 from sbml.program.config import renamed
 from sbml.program.config.coding import Coding
-from sbml.program.config.data import Data
+from sbml.program.config.data import PATHS, Data
 from sbml.program.config.dequantizer import Dequantizer
 from sbml.program.config.evaluation import Eval
 from sbml.program.config.fields import Override, Section, Seed, as_tuples, field, unknown
@@ -237,6 +237,12 @@ def parts_in(*values: object) -> set[str]:
     such as ``tfds:cifar10`` is none."""
     names = registry.OUTSIDE.findall(repr(values))
     return {name for name in names if name.partition(":")[0] not in data.SOURCES}
+
+
+def paths_in(fields: Mapping[str, object]) -> set[str]:
+    """The absolute paths that ``fields`` have, values by the names of fields ("data.path")."""
+    names = [*map(Data.name_of, PATHS), "eval.quality.inception_weights"]
+    return {registry.absolute(str(fields[name])) for name in names if fields.get(name)}
 
 
 def of_checkpoint(

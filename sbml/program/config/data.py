@@ -4,6 +4,7 @@ import math
 from typing import Annotated, Any, ClassVar, Literal
 
 from sbml import data
+from sbml.core import registry
 from sbml.data import CROPS, ImageSet, Options
 from sbml.program.config.fields import (
     Chosen,
@@ -16,6 +17,7 @@ from sbml.program.config.fields import (
 )
 
 DEQUANTIZATIONS = ("uniform", "centre", "none")
+PATHS = ("path", "cache_dir", "manual_dir")
 # The fields that only some sources read, with their names in ``Options``.
 OWN = {
     **{field: field for field in ("manual_dir", "path", "crop", "test_fraction")},
@@ -99,7 +101,10 @@ class Data(Chosen):
 
     @property
     def options(self) -> Options:
-        """The options for ``data.load``: where the images are, and how they are cut."""
+        """The options for ``data.load``: where the images are, and how they are cut. A
+        PermissionError says that only a file of the work directory names one of the paths."""
+        for name in PATHS:
+            registry.check_path(self.name_of(name), getattr(self, name))
         return Options(
             cache_dir=self.cache_dir or None,
             manual_dir=self.manual_dir or None,

@@ -33,13 +33,13 @@ def load(
     Args:
       folder: the work directory of a run, or a model of other code that ``--mode=convert`` reads.
       trust: names ``package.module:Name`` of parts of other packages, or whole packages, whose code
-        may run because the run uses them.
+        may run because the run uses them; and paths that may be read because it names them.
       config: for a model of other code, a config of its network and data, or the name of one in
         ``configs/``. A folder of diffusers describes itself.
 
     Raises:
       ValueError: there is no such checkpoint, or it is damaged.
-      PermissionError: the run uses a part of another package that is not in ``trust``.
+      PermissionError: the run uses a part of another package, or a path, that is not in ``trust``.
     """
     workdir = Workdir(folder).connect()
     if Training().checkpoints(workdir).metadata() is not None:

@@ -14,10 +14,11 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from sbml.core import registry
 from sbml.core.door import shown
 from sbml.core.files import intact_npz, write_npz
 from sbml.core.progress import Bar
-from sbml.data import ImageSet, Options, spread
+from sbml.data import ImageSet, spread
 from sbml.program.config import compatibility
 from sbml.program.config.build import Experiment
 from sbml.program.config.config import Config
@@ -96,11 +97,12 @@ def run(experiment: Experiment, workdir: Workdir) -> Workdir:
 def extractor(config: Config) -> Extractor:
     """The extractor that ``eval.quality.features`` names."""
     e = config.eval.quality
+    registry.check_path("eval.quality.inception_weights", e.inception_weights)
     made: Extractor = EXTRACTORS[e.features](
         weights=e.inception_weights,
         sha256=e.inception_sha256,
         levels=config.data.levels,
-        cache=config.data.cache_dir,
+        cache=config.data.options.cache_dir,
     )
     if not isinstance(made, Extractor):
         raise ValueError(
@@ -127,7 +129,7 @@ def reference(
 ) -> tuple[Moments, np.ndarray]:
     """The moments of the features of ``images``, and the features ``(m, d)`` of at most ``KEPT`` of
     them, computed once for each fingerprint and extractor."""
-    cache = Options(cache_dir=experiment.config.data.cache_dir or None).cache
+    cache = experiment.config.data.options.cache
     name = f"{extract.identity}-{images.fingerprint['id']}.npz"
     path, split = epath.Path(cache) / "stats" / name, f"{images.name} {images.split}"
     stored = intact_npz(path)

@@ -126,7 +126,6 @@ def check_training(e: Experiment) -> None:
         "training.discrete_levels": (training.discrete_levels, 0),
         "training.importance_sampling": (training.importance_sampling, True),
         "training.importance": (training.importance, "noise"),
-        "training.second_order": (training.second_order, 0),
         "sde.learned": (e.config.sde.learned, False),
     }
     if wrong := {name: pair for name, pair in expected.items() if pair[0] != pair[1]}:

@@ -75,13 +75,6 @@ MISTAKES = (
         ("test_times_density.py::test_warped_points_integrate_over_v",),
     ),
     Mistake(
-        "second order: d dropped",
-        "sbml/second_order.py",
-        "forms + (z.size - jax",
-        "forms + (0 - jax",
-        ("test_second_order.py::test_for_vp_the_residual_has_the_form_of_i_dode",),
-    ),
-    Mistake(
         "likelihood weighting halved",
         "sbml/losses.py",
         "return sde.rate(t) if",

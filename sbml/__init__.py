@@ -39,8 +39,7 @@ compiler.cure()
 # The public modules, by the folder that holds them. Each is an attribute of ``sbml``: ``sbml.ode``
 # is ``sbml.likelihood.ode``.
 MODULES = {
-    "": "audit codec data density dequantizers likelihood losses networks "
-    "samplers score sdes second_order",
+    "": "audit codec data density dequantizers likelihood losses networks samplers score sdes",
     ".core": "bits compiler fingerprint types",
     ".statistics": "distances intervals moments",
     ".sdes": "times",

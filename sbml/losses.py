@@ -103,7 +103,7 @@ def dsm(
       1/2 w(t) |sigma(t) s(x_t, t) + z|^2, summed over dimensions, in nats.
     """
     x = at_least_float32(x)
-    z = draw_noise(key, x)
+    z = _noise(key, x)
     s = of_shape(score(perturb(sde, x, t, z), t, stream(key, "dropout")), x)
     return residual(sde, s, t, z, weighting)
 
@@ -129,22 +129,15 @@ def dsm_batch(
     ``signs (n,)`` of +1 and -1 multiply the noises. Two rows that differ in the sign only are
     antithetic: the gradient of their mean has less variance than that of two independent rows.
     """
-    x_t, z, score_key = noisy_batch(sde, x, t, keys, signs)
-    scores = batch_score(score)(x_t, t, score_key)
+    x = at_least_float32(x)
+    z = jax.vmap(_noise)(keys, x)
+    if signs is not None:
+        z = jax.vmap(jnp.multiply)(signs, z)
+    x_t = jax.vmap(lambda x, t, z: perturb(sde, x, t, z))(x, t, z)
+    scores = batch_score(score)(x_t, t, stream(keys[0], "dropout"))
     return jax.vmap(lambda s, t, z: residual(sde, s, t, z, weighting))(scores, t, z)
 
 
-def draw_noise(key: Key, x: Example) -> Example:
+def _noise(key: Key, x: Example) -> Example:
     """The noise z ``(*s)`` of a loss of the example ``x (*s)`` with this key."""
     return jax.random.normal(stream(key, "noise"), x.shape, x.dtype)
-
-
-def noisy_batch(
-    sde: Kernel, x: Batch, t: Vector, keys: Keys, signs: Signs | None
-) -> tuple[Batch, Batch, Key]:
-    """The perturbed batch x_t and its noises z, each ``(n, *s)``, and the key of the score."""
-    x = at_least_float32(x)
-    z = jax.vmap(draw_noise)(keys, x)
-    if signs is not None:
-        z = jax.vmap(jnp.multiply)(signs, z)
-    return jax.vmap(lambda x, t, z: perturb(sde, x, t, z))(x, t, z), z, stream(keys[0], "dropout")

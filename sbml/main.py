@@ -46,7 +46,7 @@ from sbml.core import compiler, registry
 from sbml.core.registry import hint
 from sbml.core.scalars import notation
 from sbml.program.config import config as configs
-from sbml.program.config import reference, renamed
+from sbml.program.config import reference
 from sbml.program.config.config import Config
 from sbml.program.config.fields import errors_of
 from sbml.program.config.training import Training
@@ -199,11 +199,8 @@ def read_config(options: Namespace, own: ConfigDict | None) -> tuple[Config | No
 
 def settings(config: Config, fields: Iterable[str]) -> str:
     """The fields that the command line sets, as they were read; empty if there are none."""
-    names = renamed.current(
-        dict.fromkeys(fields, ""), config.sampling.sampler.name, stdlib_logging.DEBUG
-    )
     values = flatten_dict(config.plain(), sep=".")
-    each = [f"--config.{name}={notation(values[name])}" for name in names if name in values]
+    each = [f"--config.{name}={notation(values[name])}" for name in fields if name in values]
     return f", with {' '.join(each)}" if each else ""
 
 

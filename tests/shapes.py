@@ -30,7 +30,6 @@ CHECKED = (
     "sbml.score.integers",
     "sbml.score.prediction",
     "sbml.sdes",
-    "sbml.second_order",
     "sbml.statistics.distances",
     "sbml.statistics.intervals",
 )

@@ -27,7 +27,7 @@ wrong = not np.isclose(total, np.sum(2 * np.log(x.astype(float)) + np.log(2)), r
 CALLS = """
 import jax, jax.numpy as jnp, numpy as np, sbml
 from sbml import bound, compiler, dequantizers, discrete, divergence, integers, likelihood, losses
-from sbml import networks, ode, samplers, sdes, second_order, times
+from sbml import networks, ode, samplers, sdes, times
 from sbml.score import Adapter, from_prediction
 sde, key, x = sdes.VP(), jax.random.key(0), jnp.ones((4, 4, 1))
 t, k = jnp.asarray(0.5), jnp.zeros((4, 4, 1), jnp.uint8)
@@ -73,9 +73,7 @@ calls = {
     "bound.prior_kl": lambda: bound.prior_kl(sdes.VE(), x),
     "bound.GaussianControl": lambda: control.integral(sdes.VE(), x, 1e-3),
     "discrete.decoder_nats": lambda: discrete.decoder_nats(x, k, 2, t),
-    "second_order.dsm_batch": lambda: second_order.dsm_batch(
-        score, sde, x[None], t[None], key[None]
-    ),
+    "losses.dsm_batch": lambda: losses.dsm_batch(score, sde, x[None], t[None], key[None]),
     "integers.posterior_mean": lambda: integers.posterior_mean(
         jnp.zeros((4, 4, 1, 2)), x, t, 2, "centre"
     ),

@@ -382,7 +382,7 @@ def test_flags_that_name_nothing_or_would_be_ignored_are_refused(
         ),
         (
             "c = default('mlp')\n    c.sampling.num_image = 3\n    return c",
-            "config.sampling has no field num_image: did you mean sampling.num_images? It has ",
+            'Did you mean "num_images" instead of "num_image"?',
         ),
         ("return {'mode': 'train'}", "get_config() returned dict; return a ConfigDict"),
         (

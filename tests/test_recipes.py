@@ -58,8 +58,8 @@ def test_every_recipe_makes_an_experiment() -> None:
         ("level", "unknown recipe 'level': give field=value or one of iid, lattice"),
         ("levels+centres", "unknown recipe 'centres'"),
         (
-            "training.third_order=0.1",
-            "config.training has no field third_order: did you mean training.second_order",
+            "training.noise=iid",
+            "config.training has no field noise: did you mean training.noises",
         ),
         ("levels+trainings.times=iid", "config has no field trainings: did you mean training"),
     ],
@@ -184,7 +184,7 @@ def test_runs_begin_with_the_training_of_the_base(
     monkeypatch.setattr(recipes, "evaluate_run", lambda config, workdir: metrics.read(workdir.path))
     later = plan(tmp_path)._replace(start=4, steps=2)
     same = recipes.train_and_evaluate(later, "", 7, 2)["bits_per_dim"]
-    other = recipes.train_and_evaluate(later, "training.second_order=0.1", 7, 3)["bits_per_dim"]
+    other = recipes.train_and_evaluate(later, "optim.lr=1e-2", 7, 3)["bits_per_dim"]
     (whole,) = (metrics.read(path) for path in later.out.with_suffix("").glob("base_*"))
     losses = [[row["loss"] for row in rows] for rows in (whole, same, other)]
     assert losses[0] == losses[1] and len(losses[2]) == 7
@@ -195,7 +195,7 @@ def test_a_recipe_that_cannot_continue_is_refused_before_any_training(
     tmp_path: pathlib.Path,
 ) -> None:
     later = plan(tmp_path)._replace(start=4)
-    recipes.check_recipes(later, ["", "training.second_order=0.1", "optim.lr=1e-3"])
+    recipes.check_recipes(later, ["", "optim.lr=1e-3"])
     with pytest.raises(ValueError, match="model.width is 64, the checkpoint's is 32"):
         recipes.check_recipes(later, ["", "model.width=64"])
     recipes.check_recipes(plan(tmp_path), ["model.width=64"])

@@ -25,7 +25,6 @@ from refusals import (
     NOT_A_NUMBER,
     OLD,
     PIXELS,
-    PROBES,
     TIMES,
     UP_TO_END,
     VP,
@@ -37,7 +36,7 @@ from refusals import (
     score,
 )
 
-from sbml import likelihood, losses, samplers, second_order
+from sbml import likelihood, losses, samplers
 from sbml.density import Density
 from sbml.likelihood import bound, ode
 from sbml.networks import mlp
@@ -64,11 +63,7 @@ def density(**choices: Any) -> Density:
     return Density(**{"score": score, "sde": VP, "shape": (3,), "solver": FAST, **choices})
 
 
-def dsm_batch(
-    x: Any = BATCH, t: Any = SPREAD, keys: Any = KEYS, signs: Any = None, probes: Any = None
-) -> Any:
-    if probes is not None:
-        return second_order.dsm_batch(score, VP, x, t, keys, signs=signs, probes=probes)
+def dsm_batch(x: Any = BATCH, t: Any = SPREAD, keys: Any = KEYS, signs: Any = None) -> Any:
     return losses.dsm_batch(score, VP, x, t, keys, signs=signs)
 
 
@@ -113,26 +108,6 @@ CASES: Cases = {
         lambda t: losses.weight(VP, t, "original"),
         {"t": T},
         {"t": (1, True, np.int32(1), [0.5])},
-    ),
-    "second_order": (
-        lambda x, t, key, vs: second_order.loss(score, VP, x, t, key, vs),
-        {"x": X, "t": T, "key": KEY, "vs": PROBES},
-        TIMES
-        | EXAMPLES
-        | BAD_KEYS
-        | {"vs|directions": (X, PROBES[:, :1], PROBES[:0], PROBES.tolist())},
-    ),
-    "second_order batch": (dsm_batch, {"probes": 2}, {"probes": COUNTS, "keys": (KEY, OLD)}),
-    "residuals": (
-        lambda forms, t, z: second_order.residuals(VP, jnp.asarray(X), forms, t, z),
-        {"forms": jnp.ones(2), "t": T, "z": Z},
-        TIMES
-        | {"z|score": (Z.astype(int), Z > 0, Z + 0j, Z[:1]), "forms": (1.0, jnp.ones((2, 2)))},
-    ),
-    "squared": (
-        second_order.squared_residual,
-        {"r": jnp.ones(2)},
-        {"r": (jnp.ones((2, 2)), jnp.ones(()), jnp.ones(0))},
     ),
     "noise_error": (
         lambda x, t, z: bound.noise_error(score, VP, x, t, z),

@@ -200,16 +200,15 @@ def test_the_rows_to_copy_have_the_number_of_the_result() -> None:
 def test_the_area_below_the_losses_of_all_noise_levels_is_the_term(tmp_path: Path) -> None:
     edges = [6.0, 2.0, 1.0]
     found = {"edges": edges, "split": [0.5, 0.1], "train": [0.25, 0.1], "linear": [0.5, 1.0]}
+    found |= {"images": 1280}
     found |= {"split_stderr": [0.01, 0.01], "train_stderr": [0.01, 0.01]}
     text = write(tmp_path, numbers(noise_levels=found)).text
     areas = "test images 2.10, training images 1.10, best linear 3.00."
-    assert f"{areas} The best linear prediction" in text  # a file without the number of images
-    text = write(tmp_path, numbers(noise_levels={**found, "images": 1280})).text
     assert f"{areas} These values are measured on 1,280 images of each kind with other" in text
 
 
 def test_a_noise_level_with_one_draw_has_a_loss_without_a_spread(tmp_path: Path) -> None:
-    found = {"edges": [6.0, 2.0, 1.0], "split": [0.5, 0.1], "train": [0.25, 0.1]}
+    found = {"edges": [6.0, 2.0, 1.0], "split": [0.5, 0.1], "train": [0.25, 0.1], "images": 9}
     found |= {"split_stderr": ["NaN", 0.01], "train_stderr": ["NaN", "NaN"]}
     text = write(tmp_path, numbers(noise_levels=found)).text
     assert "test images 2.10, training images 1.10." in text

@@ -13,7 +13,7 @@ import runs
 import tiny
 from ml_collections import ConfigDict
 
-from sbml import dequantizers, networks, sdes
+from sbml import dequantizers, networks, samplers, sdes
 from sbml.core.scalars import notation
 from sbml.program.config import build, compatibility, reference
 from sbml.program.config.config import Config, default, with_overrides
@@ -481,7 +481,7 @@ def test_an_sde_has_the_numbers_of_its_class() -> None:
         assert Process(name=name).own == {f.name: f.default for f in dataclasses.fields(kind)}
     process = Process(name="ve", sigma_min=0.02, sigma_max=np.float32(30)).build()
     assert process == sdes.SDES["ve"](sigma_min=0.02, sigma_max=30.0)
-    # A stored config of an earlier version has the numbers of all SDEs.
+    # A number of another SDE that has its default is left out.
     everything = {"beta_min": 0.1, "beta_max": 20.0, "sigma_min": 0.01, "sigma_max": 50.0}
     assert Process(name="ve", **everything).own == {"sigma_min": 0.01, "sigma_max": 50.0}
     with pytest.raises(ValueError, match="config.sde has no field beta_max: it has .*sigma_max"):
@@ -526,3 +526,17 @@ def test_another_network_has_its_own_defaults(capsys: pytest.CaptureFixture[str]
     given = with_overrides(config, {"model.nf": "16", "model.name": "ncsnpp"})
     assert given.model == Config(**expected.to_dict()).model
     assert "name=ncsnpp leaves out depth=7 of mlp" in capsys.readouterr().out
+
+
+def test_the_fields_of_another_sampler_are_left_out_with_a_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = tiny.get_config()
+    config.sampling.sampler.update(name="ddim", steps=5, eta=0.5)
+    changed = with_overrides(config, {"sampling.sampler.name": "ancestral"})
+    assert changed.sampling.build() == samplers.Ancestral(steps=5)
+    said = "config.sampling.sampler.name=ancestral leaves out eta=0.5 of ddim\n"
+    assert capsys.readouterr().out == said
+    config.sampling.corrector.update(name="langevin", snr=0.2)
+    changed = with_overrides(config, {"sampling.corrector.name": "none"})
+    assert changed.sampling.build() == samplers.DDIM(steps=5, eta=0.5)

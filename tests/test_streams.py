@@ -76,7 +76,7 @@ def watched(name, function, inside, current):
 def config():
     """A config with three training steps, and three sweeps over four images in one batch."""
     made = tiny.get_config()
-    made.training.update(num_steps=3, noises="independent", second_order=1.0)
+    made.training.update(num_steps=3, noises="independent")
     made.dequantizer.training.update(batch_size=64, num_steps=3, log_every=1)
     made.eval.update(max_images=4, batch_size=4)
     made.eval.bound.update(sweeps=3, control=False, proposal_bins=0)

@@ -45,9 +45,7 @@ OF_ONE_SDE = {
         "logp, solver's error, reported / true",
     },
     ways.prior_rows: {"logp, error of the prior"},
-    ways.loss_rows: {
-        f"loss of {order} order in units of its expectation" for order in ("first", "second")
-    },
+    ways.loss_rows: {"loss of training in units of its expectation"},
     ways.table_rows: {
         "table, log p of the rows",
         "table, log_prob of the rows",

@@ -34,7 +34,6 @@ INTERNAL = {
     "sbml.density.estimate": "excess",
     "sbml.density.estimators.base": "draw_key, times_key",
     "sbml.density.estimators.ode": "averaged",
-    "sbml.losses": "draw_noise, noisy_batch",
     "sbml.statistics.moments": "rows",
     "sbml.networks.ncsnpp": "add, ResnetBlockDDPMpp, ResnetBlockBigGANpp, AttnBlockpp, Combine",
     "sbml.networks.unet2d": (

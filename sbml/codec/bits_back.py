@@ -332,8 +332,7 @@ class State(NamedTuple):
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "State":
         """The state whose fields were stored as arrays."""
-        words, sizes, pixels = (arrays[name] for name in ("words", "sizes", "pixels"))
-        return cls(int(arrays["number"]), words, sizes, pixels)
+        return cls(**{**arrays, "number": int(arrays["number"])})
 
     @property
     def stacks(self) -> list[np.ndarray]:

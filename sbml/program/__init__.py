@@ -12,5 +12,5 @@
 Nothing of the library imports this folder.
 
 May import: audit, codec, core, data, density, dequantizers, likelihood, losses, networks, samplers,
-score, sdes, second_order, statistics.
+score, sdes, statistics.
 """

@@ -327,7 +327,7 @@ class Experiment:
 
         def template(metadata: dict) -> TrainState:
             compatibility.check_score(self.config, metadata)
-            bins = metadata["config"]["training"].get("proposal_bins", 0)
+            bins = metadata["config"]["training"]["proposal_bins"]
             placement = sharding.replicated(mesh)
             statistics = jax.ShapeDtypeStruct((2, bins), jnp.float32, sharding=placement)
             optimizer = self.config.optim.replace(name=compatibility.optimizer_name(metadata))
@@ -366,15 +366,6 @@ class Experiment:
         free = compatibility.FREE
         model = {field: v for field, v in config["model"].items() if field not in free}
         identity = {"sde": config["sde"], "score": config["score"], "model": model}
-        # Numbers that were stored before these fields existed are those of their defaults.
-        for section, field, usual in (
-            ("sde", "data_scale", 1.0),
-            ("sde", "data_shift", 0.0),
-            ("score", "time_scale", 999.0),
-            ("model", "classes", 0),
-        ):
-            if identity[section].get(field) == usual:
-                del identity[section][field]
         if self.adapter.parameterization == LEVELS:
             identity["data"] = {"levels": self.adapter.levels, "values": self.adapter.data}
         return {**identity, "label_eps": self.eps}

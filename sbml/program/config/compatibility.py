@@ -175,8 +175,9 @@ def check_training(config: Config, metadata: Metadata) -> None:
 
 
 def optimizer_name(metadata: Metadata) -> str:
-    """The optimizer of a checkpoint. The first checkpoints, all of Adam, do not name theirs."""
-    return metadata["config"].get("optim", {}).get("name", "adam")
+    """The optimizer of a checkpoint."""
+    name: str = metadata["config"]["optim"]["name"]
+    return name
 
 
 def check_dequantizer(config: Config, metadata: Metadata) -> None:

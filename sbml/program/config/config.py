@@ -27,7 +27,6 @@ from sbml.core.scalars import notation
 from sbml.core.types import Json
 from sbml.density.estimators import Cell
 from sbml.dequantizers import DEQUANTIZERS
-from sbml.program.config import renamed
 from sbml.program.config.coding import Coding
 from sbml.program.config.data import PATHS, Data
 from sbml.program.config.dequantizer import Dequantizer
@@ -111,7 +110,6 @@ class Config(Section):
             "data.dequantization": "centre",  # The bound has a decoder.
             "training.likelihood_weighting": True,
             "training.discrete_levels": 0,
-            "training.second_order": 0.0,
         }
         ours = flatten_dict(self.plain(), sep=".")
         wrong = [name for name, value in needed.items() if ours[name] != value]
@@ -140,39 +138,9 @@ def default(network: str = "ncsnpp", dequantizer: str = "variational") -> Config
 
     chosen = Config(model=Network(name=network), dequantizer=Dequantizer(name=dequantizer))
     config = ConfigDict(editable(chosen)).lock()
-    config.eval, config.sampling = _Eval(config.eval), _Sampling(config.sampling)
     for section in OPEN:
         node_of(config, f"{section}.name")[0].unlock()
     return config
-
-
-class _Eval(ConfigDict):
-    """The section ``eval``, which users also change by the names of earlier versions."""
-
-    _section = "eval"
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        if isinstance(value, dict | ConfigDict):
-            return super().__setitem__(key, ConfigDict(value))
-        sampler = self["sampler"]["name"] if "sampler" in self else ""
-        [name] = renamed.current({f"{self._section}.{key}": value}, sampler)
-        *sections, field = name.split(".")[1:]
-        if not sections and self.is_locked and field not in self:
-            raise ValueError(unknown(self._section, field, list(self)))
-        if not sections:
-            return super().__setitem__(field, value)
-        self[sections[0]][field] = value
-
-    def update(self, *others: Any, **fields: Any) -> None:
-        for key, value in dict(*others, **fields).items():
-            if isinstance(value, dict | ConfigDict):
-                super().update({key: value})
-            else:  # It can be the name of a section that was a field.
-                self[key] = value
-
-
-class _Sampling(_Eval):
-    _section = "sampling"
 
 
 def named() -> dict[str, pathlib.Path]:
@@ -253,7 +221,6 @@ def of_checkpoint(
     """The config in the newest checkpoint of ``workdir``, with ``overrides`` as in
     :func:`with_overrides`.
 
-    A field that the checkpoint lacks, because it was written by an older version, has its default.
     A checkpoint can name parts of other packages. Their code runs only if you name the same parts
     in ``overrides``, or them or their packages in ``trust``.
     """
@@ -265,10 +232,8 @@ def of_checkpoint(
         )
     trained = metadata["config"]
     with registry.only({*trust, *parts_in(overrides)}):
-        config = default(
-            trained["model"]["name"], trained.get("dequantizer", {}).get("name", "variational")
-        ).unlock()
-        for name, value in renamed.stored(trained).items():
+        config = default(trained["model"]["name"], trained["dequantizer"]["name"]).unlock()
+        for name, value in flatten_dict(trained, sep=".").items():
             node, last = node_of(config, name)
             if last not in node and name.rpartition(".")[0] not in OPEN:
                 raise ValueError(
@@ -307,8 +272,6 @@ def with_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> Config:
     fields of the config are left out.
     """
     values = config.to_dict()
-    sampler = values["sampling"]["sampler"]["name"]
-    overrides = renamed.current(overrides, overrides.get("sampling.sampler", sampler))
     for kind in (Network, SamplerChoice, CorrectorChoice):
         node, _ = node_of(values, f"{kind.section}.name")
         before, name = {**node}, str(overrides.get(f"{kind.section}.name", node["name"]))

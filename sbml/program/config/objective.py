@@ -7,9 +7,6 @@
 where w(t) is the weighting of ``sbml.losses``, and weight(t) is one over the density of t
 (``sbml.times``). With likelihood weighting, the expectation of the loss is a bound on
 -log p(x) / d, up to terms that do not depend on the score.
-
-If ``training.second_order`` is not 0, the second-order loss (``sbml.second_order``) is multiplied
-by it and added.
 """
 
 import math
@@ -19,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sbml import losses, second_order
+from sbml import losses
 from sbml.core import bits
 from sbml.core.streams import stream
 from sbml.core.types import Array, Key, conditioned
@@ -116,14 +113,9 @@ def loss_fn(experiment: Experiment) -> Loss:
         score, sde = experiment.trained_score(params)
         score = conditioned(score, draws.label)
         signs = draws.signs if training.antithetic else None
-        batch: tuple = (score, sde, draws.x, draws.t, draws.keys)
-        options: dict[str, Any] = {"weighting": training.weighting, "signs": signs}
-        if training.second_order:
-            probes = training.second_order_probes
-            first, second = second_order.dsm_batch(*batch, **options, probes=probes)
-            terms = first + training.second_order * second
-        else:
-            terms = losses.dsm_batch(*batch, **options)
+        terms = losses.dsm_batch(
+            score, sde, draws.x, draws.t, draws.keys, weighting=training.weighting, signs=signs
+        )
         terms = draws.weight * draws.inverse * terms / dims
         return (terms, _end_terms(experiment, sde, draws) / dims) if learned else terms
 

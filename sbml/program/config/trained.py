@@ -12,7 +12,7 @@ from sbml import data
 from sbml.core import fingerprint, registry, streams
 from sbml.core.scalars import Number
 from sbml.data import ImageSet
-from sbml.data.table import Rows, Whitening
+from sbml.data.table import Whitening
 from sbml.density import Density
 from sbml.likelihood import discrete
 from sbml.program.config.build import Experiment
@@ -21,7 +21,7 @@ from sbml.program.config.config import of_checkpoint
 from sbml.program.runtime import sharding
 from sbml.program.runtime.checkpoint import Restored
 from sbml.program.runtime.trees import tree_crc32
-from sbml.program.runtime.workdir import TABLE, WHITENING, Workdir
+from sbml.program.runtime.workdir import WHITENING, Workdir
 from sbml.score import NetworkScore
 
 
@@ -140,20 +140,9 @@ def of_run(folder: Workdir, trust: Iterable[str]) -> Density:
 
 def _of_table(experiment: Experiment, folder: Workdir) -> Density:
     """The density of the rows of a table in the units of its file."""
-    if folder.has(WHITENING):
-        stored = folder.read(WHITENING)
-        step, links = int(stored["step"]), tuple(stored["links"].tolist())
-        whitening = Whitening(links, stored["mean"], stored["factor"])
-    else:  # A run of an older version has the name of the step, and the file of the rows.
-        step = int(folder.read(TABLE)["results"][0]["chosen"].split()[1])
-        rows: Rows = experiment.config.data.load("train")
-        whitening = rows.whitening
-        metadata = experiment.config.training.checkpoints(folder).metadata() or {}
-        if rows.fingerprint["sha256"] != metadata["data"]["sha256"]:
-            raise ValueError(
-                f"{experiment.config.data.path} has other rows than those on which {folder} was "
-                "trained, so their whitening is not known: restore the file, or train again"
-            )
+    stored = folder.read(WHITENING)
+    step, links = int(stored["step"]), tuple(stored["links"].tolist())
+    whitening = Whitening(links, stored["mean"], stored["factor"])
     chosen = next((each for each in experiment.restore_each(folder) if each.step == step), None)
     if chosen is None:
         raise ValueError(f"no undamaged checkpoint of step {step} in {folder}: train again")

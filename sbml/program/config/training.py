@@ -128,21 +128,6 @@ class Training(Loop, Times):
         ge=0,
         lt=2**20,
     )
-    second_order: float = field(
-        0.0,
-        "weight of the second-order loss (sbml.second_order), which trains the divergence in the "
-        "likelihood of the ODE; 0: off. i-DODE uses 0.1 in the last 3% of the steps. It gained "
-        "nothing in the trainings of docs/benchmarks/factors.md",
-        ge=0,
-        le=100,
-    )
-    second_order_probes: int = field(
-        2,
-        "number of probes of the divergence in the second-order loss; with 1, as in i-DODE, the "
-        "minimum of this loss is not at the true score",
-        ge=1,
-        lt=2**10,
-    )
     noises: Annotated[str, among(NOISES)] = field(
         "antithetic", "antithetic: each image has two rows, with noises z and -z"
     )

@@ -1,7 +1,6 @@
 """Compares evaluated runs on one page: ``--mode=compare --runs=runs/a,runs/b``."""
 
 from sbml.core.scalars import notation
-from sbml.program.config import renamed
 from sbml.program.config.fields import errors_of
 from sbml.program.report import comparison
 from sbml.program.report.comparison import Run
@@ -23,8 +22,6 @@ def run(workdir: Workdir | None = None, runs: str = "") -> None:
     with errors_of("--runs"):
         workdirs = [Workdir(path).connect() for path in paths]
     evaluated = list(map(Run.read, workdirs, comparison.short_names(workdirs)))
-    for run in evaluated:
-        run.evaluation["config"] = renamed.stored(run.evaluation["config"])
     numbers = comparison.compare(evaluated)
     workdir = workdir or Workdir("runs/comparison")
     workdir.write("comparison.json", strict(numbers))

@@ -2,8 +2,7 @@
 
     params <- params + optimizer(gradient of the loss), ema <- decay ema + (1 - decay) params
 
-``program.config.objective`` has the loss. To fine-tune a trained score with the second-order loss,
-repeat the command of its training with ``training.second_order`` and more ``training.num_steps``.
+``program.config.objective`` has the loss.
 
 :func:`fit` is the training from its first line to its last one: it resumes, makes steps, logs,
 saves, validates and stops. It also trains dequantizers and the densities of tables, which differ in

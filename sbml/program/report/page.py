@@ -368,13 +368,13 @@ def levels_figure(report: Json) -> Figure | None:
 
 
 def counted(levels: Mapping[str, Any]) -> str:
-    """What the losses at the noise ``levels`` are measured on, with a space before it; "" for older
-    evaluations, which do not have the number of images."""
-    if (count := levels.get("images")) is None:
+    """What the losses at the noise ``levels`` are measured on, with a space before it; "" without
+    them."""
+    if not levels:
         return ""
     return (
-        f" These values are measured on {count:,} images of each kind with other draws than the "
-        "bound, so they may differ from its term."
+        f" These values are measured on {levels['images']:,} images of each kind with other draws "
+        "than the bound, so they may differ from its term."
     )
 
 

@@ -90,10 +90,6 @@ class Parts:
 
     def __init__(self, root: epath.PathLike, identity: Json) -> None:
         self.directory = epath.Path(root) / _digest(identity)
-        # Earlier fingerprints named the cell of an evaluation. Their rows are not read.
-        names = () if self.directory.exists() else epath.Path(root).glob("*/identity.json")
-        if any(b'"cell": {' in path.read_bytes() for path in names):
-            logging.warning("rows of an earlier version in %s are computed again", root)
         self.directory.mkdir(parents=True, exist_ok=True)
         self._noted = False  # whether the present versions are stored
         write_json(self.directory / "identity.json", identity)

@@ -96,7 +96,7 @@ FORMS: dict[str, Any] = {
             "versions?": _form({"sbml": str, "devices": str}),
             "noise_levels?": _form(
                 dict.fromkeys(("edges", "split", "train", "split_stderr", "train_stderr"), _Curve)
-                | {"linear?": _Curve}
+                | {"linear?": _Curve, "images": int}
             ),
             "baselines?": list[_Baseline],
             "baselines_left_out?": dict[str, str],

@@ -332,7 +332,8 @@ class State(NamedTuple):
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "State":
         """The state whose fields were stored as arrays."""
-        return cls(**{**arrays, "number": int(arrays["number"])})
+        words, sizes, pixels = (arrays[name] for name in ("words", "sizes", "pixels"))
+        return cls(int(arrays["number"]), words, sizes, pixels)
 
     @property
     def stacks(self) -> list[np.ndarray]:

@@ -79,6 +79,8 @@ def test_the_gap_to_training_images_is_in_the_report(trained, tmp_path):
     stderr = np.sqrt(np.sum((width * levels["split_stderr"]) ** 2))
     diffusion = before["results"][0]["terms"]["diffusion"]
     assert width.min() > 0 and abs(width @ levels["split"] - diffusion) < 5 * stderr < 1.5
+    below = np.array(levels["floor"]) - levels["train"]
+    assert np.all(below < 3 * np.array(levels["train_stderr"])) and width @ below < 0
     assert levels["images"] == 40  # of 64 allowed ones, because there are no more test images
     config.eval.update(split="train", max_images=30)
     config.eval.bound.level_images = 0

@@ -5,6 +5,13 @@
 in bits/dim per unit of lambda, so that the integral of L is the term ``diffusion`` of the bound. It
 is estimated in equal bins of lambda. With a Gaussian control (``sbml.bound``) the draws are
 differences from the error of the control, whose own mean in a bin has a closed form.
+
+The loss of training images has a floor: that of the best prediction for n equally likely images,
+
+    E[x | y] = sum_k w_k E[x | y, k] / sum_k w_k,    w_k = p(y | k) = prod_i p(y_i | k_i),
+
+with y = x_t / alpha and ``integers.bin_moments``. A network that reaches it has learned the
+training images by heart.
 """
 
 import math
@@ -17,16 +24,19 @@ import numpy as np
 from sbml import dequantizers
 from sbml.core import bits
 from sbml.core.streams import stream
+from sbml.core.types import Array, Example, Key, Scalar, Score
 from sbml.data import ImageSet, spread
 from sbml.density.estimators.base import Target
 from sbml.density.estimators.bound import Estimator
 from sbml.likelihood import bound
 from sbml.likelihood.bound import GaussianControl
 from sbml.program.evaluation.cells import Run
-from sbml.score import NetworkScore
+from sbml.score import NetworkScore, integers
+from sbml.sdes import SDE
 from sbml.sdes.times import Importance
 
 BINS = 16  # at most
+MOST = 2**22  # pixels of the training images, for their floor
 
 
 def measure(run: Run) -> dict[str, Any]:
@@ -35,8 +45,8 @@ def measure(run: Run) -> dict[str, Any]:
     Returns:
       The ``edges (bins + 1,)`` of the bins in lambda, beginning at the smallest time; L ``(bins,)``
       of the images of the ``split`` and of those of ``train``, each with its standard error; with
-      a control also its error ``linear``, for the images of the split; and the number of ``images``
-      of each kind.
+      a control also its error ``linear``, for the images of the split; the ``floor`` of training
+      images, if they have at most ``MOST`` pixels; and the number of ``images`` of each kind.
     """
     measured, evaluation = run.measurement, run.evaluation
     config = evaluation.experiment.config.eval
@@ -54,7 +64,8 @@ def measure(run: Run) -> dict[str, Any]:
     }
     control, linear = measured.estimator.reduction.control, evaluation.control
     bounded = evaluation.trained.score, measured.target, run.dequantization.params
-    given = *bounded, images, control, linear, config.seed
+    known = evaluation.train.images
+    given = *bounded, images, known if known.size <= MOST else None, control, linear, config.seed
     stored = evaluation.once("levels", _curves, *given)
     return {name: value.tolist() for name, value in stored.items()} | {"images": count}
 
@@ -64,23 +75,26 @@ def _curves(
     target: Target,
     params: Any,
     images: dict[str, tuple[np.ndarray, np.ndarray | None]],
+    known: np.ndarray | None,
     control: GaussianControl | None,
     linear: GaussianControl | None,
     seed: int,
 ) -> dict[str, np.ndarray]:
     """The numbers of :func:`measure` for the ``images`` and classes of ``train`` and of ``split``.
 
-    ``params`` are those of the target's dequantizer. ``control`` has the coefficients of the pilot,
-    and ``linear`` is the Gaussian without them.
+    ``params`` are those of the target's dequantizer. ``known`` are all training images, or None.
+    ``control`` has the coefficients of the pilot, and ``linear`` is the Gaussian without them.
     """
     assert target.levels is not None  # The images are integers.
     sde, levels, (count, *shape) = target.sde, target.levels, images["train"][0].shape
     unit = bits.nats_to_bits(1.0, (math.prod(shape),))
     bins = min(BINS, 4 * count)  # Each image has 8 draws, and each bin at least 2.
 
-    def curve(score: NetworkScore, pixels: Any, condition: Any, key: Any) -> dict[str, Any]:
+    centres = dequantizers.has_bound(target.dequantizer)
+
+    def curve(score: Score, pixels: Any, condition: Any, key: Any) -> dict[str, Any]:
         x = bits.to_model(pixels, 0.5, levels)
-        if not dequantizers.has_bound(target.dequantizer):
+        if not centres:
             keys = jax.random.split(stream(key, "dequantization"), count)
             x, _ = jax.vmap(target.sample, (None, 0, 0))(params, pixels, keys)
         t, _ = Importance(sde, target.eps).at(jnp.arange(bins + 1) / bins)
@@ -109,4 +123,24 @@ def _curves(
     for kind, curves in of.items():
         found |= {kind: curves["mean"], f"{kind}_stderr": curves["stderr"]}
     found |= {} if control is None else {"linear": of["split"]["linear"]}
+    if known is not None:
+        best = _best_score(known, levels, sde, "centre" if centres else "uniform")
+        pixels, _ = images["train"]
+        found |= {"floor": run(best, pixels, None, jax.random.split(key)[0])["mean"]}
     return {name: np.asarray(value, np.float64) for name, value in found.items()}
+
+
+def _best_score(known: np.ndarray, levels: int, sde: SDE, data: str) -> Score:
+    """The score of the images ``known (n, *s)``, each of which has the probability 1 / n."""
+    n, *shape = known.shape
+    places = jnp.arange(math.prod(shape))[None], jnp.asarray(known.reshape(n, -1), int)
+    centre = bits.to_model(jnp.arange(levels)[None], 0.5, levels)
+
+    def score(places: tuple[Array, Array], x: Example, t: Scalar, key: Key | None) -> Example:
+        alpha, sigma = sde.mean_coef(t), sde.std(t)
+        y = x.reshape(-1, 1) / alpha
+        log_p, mean = integers.bin_moments(centre, y, sigma / alpha, levels, data)
+        share = jax.nn.softmax(jnp.sum(log_p[places], axis=1))
+        return (alpha * (share @ mean[places]).reshape(x.shape) - x) / sigma**2
+
+    return jax.tree_util.Partial(score, places)

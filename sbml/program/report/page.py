@@ -349,7 +349,8 @@ def levels_figure(report: Json) -> Figure | None:
     values = {name: np.asarray(value, float) for name, value in levels.items()}
     edges = values["edges"]
     split = str(report["results"][0].get("split", "held-out"))
-    named = {f"{split} images": "split", "training images": "train", "best linear": "linear"}
+    named = {f"{split} images": "split", "training images": "train"}
+    named |= {"best linear": "linear", "training images by heart": "floor"}
     if split == "train":
         del named["training images"]
     curves = {name: values[key] for name, key in named.items() if key in values}
@@ -358,8 +359,9 @@ def levels_figure(report: Json) -> Figure | None:
         "Where the bits of the bound come from: the squared error of the noise prediction at each "
         "ratio of signal to noise, SNR, whose logarithm is natural. The area below a "
         f"curve is the term diffusion, in bits/dim: {', '.join(areas)}.{counted(levels)} The best "
-        "linear prediction is that of a Gaussian with the moments of the training images. Bands "
-        "are 1.96 standard errors wide on each side."
+        "linear prediction is that of a Gaussian with the moments of the training images. A "
+        "network that has learned the training images by heart has the lowest possible curve of "
+        "training images. Bands are 1.96 standard errors wide on each side."
     )
     errors = {f"{split} images": "split_stderr", "training images": "train_stderr"}
     bars = {name: 1.96 * values[errors[name]] for name in curves if name in errors}

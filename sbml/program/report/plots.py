@@ -247,7 +247,8 @@ def levels(
     """Curves by name, ``(bins,)`` each, that are constant in the bins between ``edges (bins + 1,)``
     of the log-SNR; ``bars`` has the half-widths of the bands around them."""
     for order, (name, curve) in enumerate(curves.items()):
-        colour, line = ((ACCENT, SECOND)[order], "-") if name in bars else (MUTED, "--")
+        dashes = "--" if "linear" in name else ":"
+        colour, line = ((ACCENT, SECOND)[order], "-") if name in bars else (MUTED, dashes)
         # The first is on top, and the second is wider, so that both are seen where they agree.
         stairs = partial(axes.stairs, edges=edges[::-1], color=colour, zorder=3 - order / 3)
         stairs(curve[::-1], ls=line, lw=1.3 + 2.2 * (order == 1), label=name, baseline=None)

@@ -382,6 +382,13 @@ REVERSED = Schedule(lambda t: t, lambda t: 1.001 - t)
             "contains arrays or lists.*tuples of floats",
         ),
         (lambda: density(batch_size=0), "^batch_size is 0"),
+        (lambda: density(classes=("b", "a", "a")), "classes has 'a' twice"),
+        (
+            lambda: sbml.Density(lambda x, t, k, c: -x * c, VP(), (2,)).sample(
+                jax.random.key(0), 2, np.float32([1, np.nan])
+            ),
+            "condition has a NaN",
+        ),
         (lambda: density(eps=2.0), r"must lie in \(0, 1.0\)"),
         (lambda: sbml.Density(gaussian().score, VP(), (2, 0)), r"shape is \(2, 0\)"),
         (lambda: sbml.Density(gaussian().score, VP(), 2), "^shape is 2"),

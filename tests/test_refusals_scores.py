@@ -309,7 +309,7 @@ CASES: Cases = {
             density().bound(BATCH, sweeps=sweeps, times_each=times_each).values
         ),
         {"sweeps": 2, "times_each": 1},
-        {"sweeps": (*COUNTS, 1), "times_each": COUNTS},
+        {"sweeps": (*COUNTS, 1, 2**40), "times_each": COUNTS},
     ),
 }
 

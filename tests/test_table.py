@@ -272,6 +272,13 @@ REFUSED = {
     "no names": ({"1.5": GOOD["u"], "2.5": GOOD["v"]}, {}, "column 1 has the name '1.5'"),
     "an index": ({"": GOOD["u"], "v": GOOD["v"]}, {}, "column 1 has the name ''"),
     "semicolons": ({"u;v": [f"{u};1" for u in GOOD["u"]]}, {}, "separated by commas"),
+    "tabs": ({"u\tv": [f"{u}\t1" for u in GOOD["u"]]}, {}, "separated by commas, not tabs"),
+    "an underscore": (changed(6, "1_000"), {}, "column v, row 6: '1_000'"),
+    "zeros": (
+        {**GOOD, "w": np.where(np.arange(N) < 90, 0, GOOD["u"] - 0.1)},
+        {},
+        "column w has the value 0 in 90 of 400 rows",
+    ),
     "tiny": ({**GOOD, "w": 1e-200 * GOOD["u"][::-1]}, {}, r"column w .*e-200: give it in"),
     "huge": ({**GOOD, "w": 1e200 * GOOD["u"][::-1]}, {}, r"column w .*e200: give it in"),
     "negative": (GOOD, {"log_columns": ("u",)}, r"log_columns=u: row \d+ has .* above 0"),
@@ -326,11 +333,13 @@ def test_the_shrinkage_is_the_best_one_of_a_cross_validation() -> None:
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
     for name in ("a.csv", "a.parquet", "a.npz", "a.xlsx"):
         (tmp_path / name).write_bytes(b"\x00\xff,\n1\n")
+    (tmp_path / "folder.csv").mkdir()
     np.savez(tmp_path / "b.npz", u=np.zeros(3), v=np.zeros(4))
     np.savez(tmp_path / "c.npz", u=np.array([{}, {}]))
     np.savez(tmp_path / "d.npz", u=1.0, v=2.0)
     for name, message in {
-        "a.csv": "cannot be read",
+        "a.csv": "cannot be read.*: give plain text in UTF-8, not compressed",
+        "folder.csv": "no file of data, but a folder",
         "a.parquet": "cannot be read",
         "a.npz": "cannot be read",
         "b.npz": r"u \(3,\), v \(4,\): give one array",

@@ -166,9 +166,13 @@ def shown(value: Any, hint: Any = None) -> str:
         if typing.get_origin(hint) is typing.Annotated and known and value.size:
             text += f" in [{np.min(value):g}, {np.max(value):g}]"
         return text
+    return brief(value) if _broken(value, hint) else f"{brief(value)} ({type(value).__name__})"
+
+
+def brief(value: Any) -> str:
+    """The first characters of ``repr(value)``, for messages."""
     text = repr(value)
-    text = text if len(text) <= 60 else text[:57] + "..."
-    return text if _broken(value, hint) else f"{text} ({type(value).__name__})"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def needs(hint: Any, broken: Collection[Any] = ()) -> str:

@@ -56,6 +56,8 @@ def _representable(value: SupportsFloat) -> bool:
 representable = condition("in the range of JAX's default precision", _representable, usual=True)
 Positive = Annotated[float, positive, representable]
 Count = Annotated[int, at_least(1)]
+# Beyond these numbers a result takes hours and gains nothing; ``config`` has the same limits.
+MOST_SWEEPS, MOST_DRAWS, MOST_STEPS = 10_000, 4_096, 10_000
 if TYPE_CHECKING:
     Number = float | jax.Array
 else:  # A float, or a scalar array.
@@ -71,7 +73,12 @@ def notation(value: object, form: str = "") -> str:
         # "z" stands after the sign.
         text = format(value, re.sub(r"^[+-]?", r"\g<0>z", form)) if form else repr(float(value))
         return re.sub(r"e\+?(-?)0*", r"e\1", text)
-    return str(value)
+    return escaped(str(value))
+
+
+def escaped(text: str) -> str:
+    """``text`` in one line: what cannot be printed, such as a line feed, is an escape sequence."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def is_traced(*values: object) -> bool:

@@ -18,6 +18,7 @@ different values, or with a single value in many rows, has no density and is ref
 that is a linear function of others: given these, its log p would only be that of the shrinkage.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -310,16 +311,26 @@ def _read(path: Any) -> dict[str, np.ndarray]:
         raise ValueError("path= names no file: give --config.data.path=FILE")
     file = Path(str(path)).expanduser()
     if not file.is_file():
-        raise ValueError(f"path={path}: there is no such file")
+        what = "it is no file of data, but a folder or a pipe" if file.exists() else ""
+        raise ValueError(f"path={path}: {what or 'there is no such file'}")
     if file.suffix not in (".csv", ".parquet", ".npz"):
         raise ValueError(f"path={path}: give a file whose name ends in .csv, .parquet or .npz")
     try:
         names, columns = _npz(file) if file.suffix == ".npz" else _arrow(file)
     except Exception as error:  # Each library has errors of its own for a damaged file.
         reason = " ".join(str(error).split())
-        raise ValueError(f"path={path} cannot be read: {type(error).__name__}: {reason}") from error
-    if len(names) == 1 and ";" in names[0]:
-        raise ValueError(f"path={path}: the columns of a CSV file are separated by commas, not ;")
+        remedy = (
+            ": give plain text in UTF-8, not compressed, whose first line names the columns, "
+            "without lines of comments" * (file.suffix == ".csv")
+        )
+        raise ValueError(
+            f"path={path} cannot be read: {type(error).__name__}: {reason}{remedy}"
+        ) from error
+    if len(names) == 1 and (found := re.search("[;\t]", names[0])):
+        mark = ";" if found[0] == ";" else "tabs"
+        raise ValueError(
+            f"path={path}: the columns of a CSV file are separated by commas, not {mark}"
+        )
     counts = Counter(names)
     if wrong := [i for i, n in enumerate(names) if not n or _is_number(n) or counts[n] > 1]:
         raise ValueError(
@@ -356,6 +367,11 @@ def _is_number(text: Any) -> bool:
     return True
 
 
+def _is_plain_number(value: Any) -> bool:
+    """Whether a file's reader takes ``value`` for a number; unlike Python, it takes no "1_000"."""
+    return _is_number(value) and "_" not in str(value)
+
+
 def _floats(column: np.ndarray) -> np.ndarray:
     """A column in float64. A column of anything but finite numbers is refused; the message goes on
     after the name of the column, as that of :func:`_rounding` does."""
@@ -364,7 +380,7 @@ def _floats(column: np.ndarray) -> np.ndarray:
     else:
         present = [(i, value) for i, value in enumerate(column) if value is not None]
         if not all(isinstance(value, Decimal) for _, value in present):
-            row, value = next(((i, v) for i, v in present if not _is_number(v)), present[0])
+            row, value = next(((i, v) for i, v in present if not _is_plain_number(v)), present[0])
             raise ValueError(
                 f", row {row + 1}: {str(value)[:40]!r} is of type {type(value).__name__}, and not "
                 "a number"
@@ -384,13 +400,14 @@ def _rounding(y: np.ndarray) -> float:
     if not np.ptp(y):
         raise ValueError(f" is constant, {y[0]:g} in every row")
     unit = 1e-9 * np.ptp(y)  # Differences below this are rounding errors of a file.
-    values, counts = np.unique(np.rint((y - y.min()) / unit), return_counts=True)
+    rounded = np.rint((y - y.min()) / unit)
+    values, counts = np.unique(rounded, return_counts=True)
     if len(values) < LEAST_VALUES:
         raise ValueError(f" has {len(values)} different values, so it has no density")
     h = float(np.min(np.diff(values))) * unit
     most = counts.max()
     if most >= 0.01 * len(y) and most > 2 and most / len(y) * y.std() / h > POINT_MASS:
-        value = y.min() + values[counts.argmax()] * unit
+        value = np.median(y[rounded == values[counts.argmax()]])  # one that is in the file
         raise ValueError(
             f" has the value {value:.6g} in {most} of {len(y)} rows, while other values differ by "
             f"as little as {h:.2g}, so it has no density (you can also remove these rows)"

@@ -58,7 +58,7 @@ from sbml import likelihood, samplers
 from sbml.core import arguments, bits, pytrees
 from sbml.core.door import checked, shown, typed
 from sbml.core.progress import over
-from sbml.core.scalars import Count, Number, at_least, between
+from sbml.core.scalars import MOST_SWEEPS, Count, Number, at_least, at_most, between, is_traced
 from sbml.core.streams import stream
 from sbml.core.types import (
     Anything,
@@ -88,7 +88,7 @@ from sbml.score import Foreign, NetworkScore
 from sbml.score.divergence import Trace, exact_batch
 from sbml.sdes import SDE
 
-Sweeps = Annotated[int, at_least(2)]  # One gives no error bar.
+Sweeps = Annotated[int, at_least(2), at_most(MOST_SWEEPS)]  # One gives no error bar.
 Examples = Num[np.ndarray, "n *s"]
 
 PILOT = 256  # examples from which the density of a bound's times is estimated
@@ -164,6 +164,8 @@ class Density:
                 "functions: give floats, as by jax.tree.map(float, sde), or tuples of floats"
             ) from None
         self.sde.check_time(self._eps)
+        if twice := [c for i, c in enumerate(self.classes) if c in self.classes[:i]]:
+            raise ValueError(f"classes has {twice[0]!r} twice: give each class a name of its own")
         for shape in jax.tree.leaves(self.condition_shape, is_leaf=_is_shape):
             if not _is_shape(shape):
                 raise ValueError(
@@ -712,6 +714,9 @@ class Density:
                     f"condition of shape {array.shape}: give one for all examples, {shape}, or one "
                     f"for each, {(*batch, *shape)}; condition_shape is the shape of one"
                 )
+            known = jnp.issubdtype(array.dtype, jnp.floating) and not is_traced(leaf)
+            if known and np.isnan(np.asarray(leaf)).any():
+                raise ValueError("condition has a NaN: give numbers")
             array = jnp.broadcast_to(array, (*batch, *shape))
             return array.reshape(-1, *shape)
 

@@ -37,7 +37,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
-from sbml.core.door import checked, condition, typed
+from sbml.core.door import brief, checked, condition, typed
 from sbml.core.scalars import Count, Positive, at_least, between, one_of
 from sbml.core.types import Array
 from sbml.networks import _layers as layers
@@ -293,19 +293,21 @@ class Model(nn.Module):
         widths, down, up = self.block_out_channels, self.down_block_types, self.up_block_types
         if not len(widths) == len(down) == len(up):
             raise ValueError(
-                f"block_out_channels={widths}, down_block_types={down} and up_block_types={up}: "
+                f"block_out_channels={brief(widths)} ({len(widths)}), down_block_types="
+                f"{brief(down)} ({len(down)}) and up_block_types={brief(up)} ({len(up)}): "
                 "give one of each per level"
             )
         down_skip, up_skip = [k in DOWN_SKIP for k in down], [k in UP_SKIP for k in up]
         if down_skip != sorted(down_skip, reverse=True) or up_skip != sorted(up_skip):
             raise ValueError(
-                f"down_block_types={down} and up_block_types={up}: give the down blocks with Skip "
-                "before those without, and the up blocks with Skip after those without"
+                f"down_block_types={brief(down)} and up_block_types={brief(up)}: give the down "
+                "blocks with Skip before those without, and the up blocks with Skip after those "
+                "without"
             )
         if self.norm_num_groups == 0 and not all(down_skip + up_skip):
             raise ValueError(
-                f"norm_num_groups=0 with down_block_types={down} and up_block_types={up}: give the "
-                "number of groups, which only blocks with Skip do without"
+                f"norm_num_groups=0 with down_block_types={brief(down)} and up_block_types="
+                f"{brief(up)}: give the number of groups, which only blocks with Skip do without"
             )
         super().__post_init__()
 
@@ -315,7 +317,7 @@ class Model(nn.Module):
         self, x: Images, label: Labels, *, train: bool, condition: layers.Numbers | None = None
     ) -> Array:
         widths = self.block_out_channels
-        layers.check_halvings(x, len(widths), f"block_out_channels={widths}")
+        layers.check_halvings(x, len(widths), f"block_out_channels={brief(widths)}")
         dtype = jnp.dtype(self.dtype)
         wide = jnp.promote_types(dtype, jnp.float32)
         label = label.astype(wide)
@@ -440,7 +442,9 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     for key in _CLASSES:
         if config.get(key) is not None:
-            raise ValueError(f"{key} is {config[key]!r}: give a network without classes, with null")
+            raise ValueError(
+                f"{key} is {brief(config[key])}: give a network without classes, with null"
+            )
     known = [f.name for f in dataclasses.fields(Model) if f.name not in _OWN]
     found: dict[str, Any] = {}
     for key, value in config.items():
@@ -448,7 +452,7 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
             value = _NONE.get(key) if value is None else value
             found[key] = tuple(value) if isinstance(value, list) else value
         elif key not in _UNUSED and not key.startswith("_"):
-            raise ValueError(f"{key} is {value!r}, but the known keys are {', '.join(known)}")
+            raise ValueError(f"{key} is {brief(value)}, but the known keys are {', '.join(known)}")
     Model(**found)
     return found
 

@@ -25,6 +25,7 @@ from sbml.likelihood import discrete
 from sbml.program.config import compatibility
 from sbml.program.config.config import Config
 from sbml.program.config.evaluation import Eval
+from sbml.program.config.fields import errors_of
 from sbml.program.config.sampling import Sampling
 from sbml.program.config.training import (
     discrete_time,
@@ -137,7 +138,8 @@ class Experiment:
 
     def _smallest(self, section: Eval | Sampling, usual: float) -> float:
         eps = usual if section.smallest_time is None else section.smallest_time
-        self.sde.check_time(eps, section.name_of("smallest_time"))
+        with errors_of(f"sde.name={self.config.sde.name}"):
+            self.sde.check_time(eps, section.name_of("smallest_time"))
         return eps
 
     @part

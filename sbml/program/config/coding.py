@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 from sbml.program.config.fields import Natural, PositiveSize, Section, field
+from sbml.program.config.sampling import Steps
 
 
 class Coding(Section):
@@ -10,7 +11,7 @@ class Coding(Section):
 
     section: ClassVar[str] = "codec"
 
-    steps: PositiveSize = field(
+    steps: Steps = field(
         250,
         "number of steps of the diffusion chain; more steps give a smaller file and take longer",
     )

@@ -31,7 +31,7 @@ from sbml.program.config.coding import Coding
 from sbml.program.config.data import PATHS, Data
 from sbml.program.config.dequantizer import Dequantizer
 from sbml.program.config.evaluation import Eval
-from sbml.program.config.fields import Override, Section, Seed, as_tuples, field, unknown
+from sbml.program.config.fields import Override, Section, Seed, as_tuples, errors_of, field, unknown
 from sbml.program.config.optim import Optim
 from sbml.program.config.sampling import CorrectorChoice, Latents, SamplerChoice, Sampling
 from sbml.program.config.score import Network, Process, Score
@@ -230,18 +230,27 @@ def of_checkpoint(
         raise ValueError(
             f"no checkpoint in {checkpoints.directory} to take the config from: give --config"
         )
-    trained = metadata["config"]
+    stored = flatten_dict(metadata["config"], sep=".")
     with registry.only({*trust, *parts_in(overrides)}):
-        config = default(trained["model"]["name"], trained["dequantizer"]["name"]).unlock()
-        for name, value in flatten_dict(trained, sep=".").items():
-            node, last = node_of(config, name)
-            if last not in node and name.rpartition(".")[0] not in OPEN:
-                raise ValueError(
-                    f"the checkpoint has a field config.{name}, which this version of sbml does "
-                    "not have: install the version that wrote the checkpoint, or give --config"
-                )
-            node[last] = as_tuples(value)
-        return with_overrides(config, overrides)
+        try:
+            config = default(stored["model.name"], stored["dequantizer.name"]).to_dict()
+            for name, value in stored.items():
+                with errors_of(f"{name}={notation(value)}"):
+                    node, last = node_of(config, name)
+                    if last not in node and name.rpartition(".")[0] not in OPEN:
+                        raise ValueError(
+                            f"the checkpoint has a field config.{name}, which this version of sbml "
+                            "does not have"
+                        )
+                node[last] = as_tuples(value)
+            return _with_overrides(config, overrides)
+        except ValueError as error:
+            if any(name in str(error) for name in overrides):  # It is the user's own value.
+                raise
+            raise ValueError(
+                f"the config of the checkpoint in {checkpoints.directory}: {error}. Restore the "
+                "file, install the version of sbml that wrote it, or give --config"
+            ) from error
 
 
 def node_of(values: Any, name: str) -> tuple[Any, str]:
@@ -271,7 +280,10 @@ def with_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> Config:
     another sampler or corrector, the fields that it does not have are left out. A line says which
     fields of the config are left out.
     """
-    values = config.to_dict()
+    return _with_overrides(config.to_dict(), overrides)
+
+
+def _with_overrides(values: Json, overrides: Mapping[str, str]) -> Config:
     for kind in (Network, SamplerChoice, CorrectorChoice):
         node, _ = node_of(values, f"{kind.section}.name")
         before, name = {**node}, str(overrides.get(f"{kind.section}.name", node["name"]))

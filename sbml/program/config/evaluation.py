@@ -2,19 +2,21 @@
 
 from typing import Annotated, ClassVar
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Le
 
 from sbml import data
+from sbml.core.scalars import MOST_DRAWS, MOST_SWEEPS
 from sbml.density.estimators import ESTIMATORS, Cell
 from sbml.dequantizers import DEQUANTIZERS
 from sbml.likelihood.discrete import TAU
-from sbml.program.config.fields import Natural, Positive, Section, Seed, Size, among, field
+from sbml.program.config.fields import Natural, Positive, Section, Seed, among, field
 from sbml.program.config.sampling import Method, Solving, Tolerance
-from sbml.program.config.training import Times
+from sbml.program.config.training import Bins, Times
 from sbml.program.features import EXTRACTORS
 from sbml.score.divergence import PROBES, Trace
 
-DrawCount = Annotated[int, Ge(1), Lt(2**20)]
+DrawCount = Annotated[int, Ge(1), Le(MOST_DRAWS)]
+Sweeps = Annotated[int, Ge(1), Le(MOST_SWEEPS)]
 
 
 class Ode(Solving):
@@ -67,18 +69,18 @@ class Bound(Times):
     section: ClassVar[str] = "eval.bound"
 
     n_times: DrawCount = field(2, "number of times for an image in one sweep")
-    sweeps: Positive = field(8, "number of sweeps over all images")
+    sweeps: Sweeps = field(8, "number of sweeps over all images")
     target_se: float = field(
         0.0,
         "standard error in bits/dim at which the sweeps stop, after at least 8; 0: off",
         ge=0,
         le=1,
     )
-    max_sweeps: Positive = field(256, "largest number of sweeps for target_se")
+    max_sweeps: Sweeps = field(256, "largest number of sweeps for target_se")
     control: bool = field(
         True, "subtract a Gaussian control variate where a pilot finds that it helps"
     )
-    proposal_bins: Size = field(
+    proposal_bins: Bins = field(
         32, "number of bins of a density of times that is estimated on training images; 0: uniform"
     )
     level_images: Natural = field(

@@ -7,25 +7,16 @@ from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Le
 
+from sbml.core.scalars import MOST_STEPS
 from sbml.core.types import Json
 from sbml.likelihood.ode import MAX_STEPS, METHODS, Solver
-from sbml.program.config.fields import (
-    Chosen,
-    Natural,
-    Positive,
-    PositiveSize,
-    Section,
-    Seed,
-    Size,
-    among,
-    field,
-    section_errors,
-)
+from sbml.program.config.fields import Chosen, Positive, Section, Seed, among, field, section_errors
 from sbml.samplers import CORRECTORS, SAMPLERS, AnnealedLangevin, ReverseDiffusion, Sampler
 
 # Above 0.1 no step would ever be rejected. The error is measured with a tenth of the tolerance,
 # which must not be below ``ode.least_tolerance`` of float32.
 Tolerance = Annotated[float, Ge(1e-6), Le(0.1)]
+Steps = Annotated[int, Ge(1), Le(MOST_STEPS)]
 Method = Annotated[str, among(METHODS)]
 
 
@@ -37,7 +28,9 @@ class Solving(Section):
     method: Method = field("dopri5", "the solver")
     rtol: Tolerance = field(1e-3, "relative tolerance")
     atol: Tolerance = field(1e-3, "absolute tolerance, for data in [-1, 1]")
-    fixed_steps: Natural = field(0, "number of equal steps; 0: adaptive steps")
+    fixed_steps: Annotated[int, Ge(0), Le(MOST_STEPS)] = field(
+        0, "number of equal steps; 0: adaptive steps"
+    )
     max_steps: Positive = field(MAX_STEPS, "number of adaptive steps at which it gives up")
 
     def check(self) -> None:
@@ -91,7 +84,9 @@ class Sampling(Section):
         None, "time of the last step; None: 1e-3, or that of training if it is larger", ge=0, lt=1
     )
     denoise_last: bool = field(True, "replace x at the smallest time by its denoised value")
-    frames: Size = field(8, "number of frames of the strip from noise to image")
+    frames: Annotated[int, Ge(0), Le(1_000)] = field(
+        8, "number of frames of the strip from noise to image"
+    )
     sampler: SamplerChoice = SamplerChoice()
     corrector: CorrectorChoice = CorrectorChoice()
     solver: Solving = Solving()
@@ -121,9 +116,11 @@ class Latents(Section):
     section: ClassVar[str] = "latents"
 
     count: int = field(8, "number of images, from eval.split", ge=2, lt=2**16)
-    frames: PositiveSize = field(8, "number of images in an interpolation")
-    steps: PositiveSize = field(200, "steps of reverse diffusion for a completion")
-    corrector_steps: Positive = field(2, "steps of annealed Langevin after each of them")
+    frames: Annotated[int, Ge(1), Le(1_000)] = field(8, "number of images in an interpolation")
+    steps: Steps = field(200, "steps of reverse diffusion for a completion")
+    corrector_steps: Annotated[int, Ge(1), Le(1_000)] = field(
+        2, "steps of annealed Langevin after each of them"
+    )
     snr: float = field(0.16, "signal-to-noise ratio of a corrector's step", gt=0, le=1)
 
     def sampler(self) -> ReverseDiffusion:

@@ -4,6 +4,7 @@ follows from them: the smallest time of a training, and the unit of its loss."""
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import jax.numpy as jnp
+from annotated_types import Ge, Le
 from etils import epath
 
 from sbml.core.scalars import Number, notation
@@ -15,7 +16,6 @@ from sbml.program.config.fields import (
     Natural,
     Positive,
     Section,
-    Size,
     among,
     field,
     refusal,
@@ -27,6 +27,8 @@ from sbml.sdes.times import DRAWS, PROPOSALS, Grid, Proposal
 if TYPE_CHECKING:
     from sbml.program.runtime.checkpoint import Checkpoints
 
+# A density of times with more bins needs more images than a data set has.
+Bins = Annotated[int, Ge(0), Le(4_096)]
 NOISES = ("independent", "antithetic")
 
 # With likelihood weighting, importance sampling gives the squared error of one prediction the same
@@ -131,7 +133,7 @@ class Training(Loop, Times):
     noises: Annotated[str, among(NOISES)] = field(
         "antithetic", "antithetic: each image has two rows, with noises z and -z"
     )
-    proposal_bins: Size = field(
+    proposal_bins: Bins = field(
         32,
         "number of bins of a density of times that follows the noise of the gradient, which is "
         "estimated from the losses; 0: no such density",
@@ -152,7 +154,9 @@ class Training(Loop, Times):
         "number of steps between evaluations of the bound on validation images (data.validation), "
         "for a curve; the last step has one too; 0: no curve",
     )
-    validation_images: Positive = field(256, "largest number of images of the validation curve")
+    validation_images: Annotated[int, Ge(1), Le(100_000)] = field(
+        256, "largest number of images of the validation curve"
+    )
 
     def check(self) -> None:
         """Check that the flags fit the loss: a discrete-time loss has neither likelihood weighting

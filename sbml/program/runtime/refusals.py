@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from absl import app
 
 import sbml
+from sbml.core.scalars import escaped
 
 PACKAGE = Path(sbml.__file__).parent
 LONGEST = 1_000  # characters of a line that are shown
@@ -66,10 +67,7 @@ def wrapped(line: str, width: int = 80, hang: int = 2) -> str:
 def readable(text: str) -> str:
     """``text`` for a terminal: what cannot be printed is escaped, paths are :func:`relative`, and
     of a long line, which repeats a long value, the beginning and the end are kept."""
-    printable = (
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
-    )
-    lines = relative("".join(printable)).split("\n")
+    lines = relative("\n".join(map(escaped, text.split("\n")))).split("\n")
     half = LONGEST // 2
     return "\n".join(
         line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}" for line in lines

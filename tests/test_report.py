@@ -17,9 +17,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sbml.program.report import comparison, pictures, plots, table
+from sbml.program.report import comparison, pictures, plots, result, table
 from sbml.program.report import page as report_page
-from sbml.program.report.result import HALF_WIDTH, ROWS, Result
+from sbml.program.report.result import ROWS
+from sbml.statistics.intervals import Interval
 
 N, LEVELS = 40, 17
 ATTACK = '<script>alert("x")</script> $\\frac{'
@@ -431,7 +432,7 @@ def test_a_number_that_rounds_to_0_has_no_minus_sign(tmp_path: Path) -> None:
     gap = {"difference": -1e-9, "difference_interval": [-1e-9, -0.0]}
     shown = page.text.partition("Every number of the results")[0]
     shown += comparison.difference_row({"run": "b", "verdict": "unclear", **gap}).text
-    shown += Result.read(tiny).line + table.line(row | gap) + table.verdict(row | gap)
+    shown += result.line(tiny) + table.line(row | gap) + table.verdict(row | gap)
     assert "-" in shown and not re.search(r"(?<![+e])-0\.0+(?![0-9])", shown)
 
 
@@ -553,10 +554,8 @@ def test_a_column_of_samples_has_one_class(
 def test_the_classifier_and_the_classes_are_shown(tmp_path: Path) -> None:
     values = {
         "images": 64.0,
-        "accuracy": 0.9531,
-        f"accuracy{HALF_WIDTH}": 0.05322,
-        "-log p(c | k), nats": math.inf,
-        f"-log p(c | k), nats{HALF_WIDTH}": math.nan,
+        "accuracy": Interval(0.9531, 0.0266, 0.05322, 64, 0),
+        "-log p(c | k), nats": Interval(math.inf, math.nan, math.nan, 64, 1),
     }
     classes = np.array(["cat", "dog"])[np.arange(N) % 2]
     text = write(tmp_path, numbers(classifier=values), table={**columns(), "class": classes}).text

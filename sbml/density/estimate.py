@@ -324,12 +324,14 @@ def line(row: Mapping[str, Any], unit: str, examples: str, about: str = "", of: 
 
     ``examples`` is what they are called; ``about`` stands after the unit and ``of`` after the time.
     """
-    (low, high), own = row["interval"], row["this_set_ci95"]
-    noise = f"{own:.4f}" if own < math.inf else " not measured"
-    return (
-        f"{row[value_of(unit)]:z.4f} {unit}{about} at t={notation(row['smallest_time'], '.3g')}{of}"
-        f", 95% interval [{low:z.4f}, {high:z.4f}], for these {examples} +-{noise}, n={row['n']}"
-    )
+    (low, high), own = row["interval"], row.get("this_set_ci95")
+    at = f" at t={notation(row['smallest_time'], '.3g')}" if "smallest_time" in row else ""
+    text = f"{row[value_of(unit)]:z.4f} {unit}{about}{at}{of}, "
+    text += f"95% interval [{low:z.4f}, {high:z.4f}]"
+    if own is not None:
+        text += f", for these {examples} +-"
+        text += f"{own:.4f}" if own < math.inf else " not measured"
+    return f"{text}, n={row['n']}"
 
 
 def within(gap: Interval, budget: float) -> bool:

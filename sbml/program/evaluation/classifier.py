@@ -56,7 +56,7 @@ def classify(evaluation: Evaluation) -> Numbers:
     given = density, evaluation.images.images[ids], labels[ids], seen
     stored = evaluation.once("classifier", _numbers, *given)
     return {
-        name: Interval(*map(float, value[:3]), *map(int, value[3:])) if value.ndim else float(value)
+        name: Interval(*value[:3].tolist(), *map(int, value[3:])) if value.ndim else float(value)
         for name, value in stored.items()
     }
 

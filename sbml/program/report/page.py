@@ -301,12 +301,13 @@ def label(result: Json, whole: bool = False) -> str:
     return ", ".join(filter(None, words)) or "result"
 
 
-def verdict(result: Json) -> tuple[str, bool]:
+def verdict(result: Json, examples: str = "images") -> tuple[str, bool]:
     """What is known of how far a number can be trusted, in words, and whether all of it is good."""
     n, lost, k, far = (result.get(key) for key in ("n", "nonfinite", "tail", "outliers"))
     found = [("converged", "NOT CONVERGED", result.get("converged"))]
     if lost is not None:
-        found.append((f"all {n:,} images finite", f"{lost:,} of {n:,} images NOT FINITE", not lost))
+        all_of = f"{n:,} {examples}"
+        found.append((f"all {all_of} finite", f"{lost:,} of {all_of} NOT FINITE", not lost))
     if k is not None:  # a number, or the text "Infinity"
         found.append(("no heavy tail", f"HEAVY TAIL, Pareto's k {float(k):.2f}", float(k) <= HEAVY))
     if far is not None:

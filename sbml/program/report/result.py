@@ -1,4 +1,4 @@
-"""A row of ``report.json``: a number of an evaluation (``Estimate.row``), its cell and its images."""
+"""A row of ``report.json``: a number (``Estimate.row``) with its cell and images."""
 
 import json
 import math
@@ -87,13 +87,18 @@ def population(row: Json) -> Interval:
 
 
 def line(row: Json) -> str:
-    """The number and its error bars, for a terminal, and the remedy if it has not converged."""
+    """A number of bits/dim and its error bars, for a terminal; see :func:`said`."""
+    of = f" on {row['data']} {row['split']}"
+    return f"{cell(row).title:24s} {said(row, 'bits/dim', 'images', of)}"
+
+
+def said(row: Json, unit: str, examples: str, of: str = "", after: str = "") -> str:
+    """A number in words: ``estimate.line`` with what makes it untrustworthy, the remedy, ``after``,
+    and the error of the prior in a line of its own."""
     about = " NOT CONVERGED" if row.get("converged") is False else ""
     about = " HEAVY TAILS" if row.get("tail", 0) > HEAVY else about
-    of = f" on {row['data']} {row['split']}"
     remedy = f"; {why.rpartition('; ')[2]}" if (why := row.get("unconverged")) else ""
     prior = ""
     if "prior_error" in row:
-        prior = PriorError(row["prior_error"], row["prior_error_each"]).line("bits/dim")
-    said = estimate.line(row, "bits/dim", "images", about, of)
-    return f"{cell(row).title:24s} {said}{remedy}{prior}"
+        prior = PriorError(row["prior_error"], row["prior_error_each"]).line(unit.split()[0])
+    return f"{estimate.line(row, unit, examples, about, of)}{remedy}{after}{prior}"

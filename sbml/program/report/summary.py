@@ -224,10 +224,10 @@ def gap_of(workdir: Workdir, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     if other["checkpoint"] != evaluation["checkpoint"]:
         logging.warning("%s is of another checkpoint: left out", folder / EVALUATION)
         return found
-    names = (*result.KIND, "smallest_time")
-    trained = {tuple(r[name] for name in names): r for r in result.read(other["results"])}
+    same_as = (*result.KIND, "smallest_time")
+    trained = {tuple(r[name] for name in same_as): r for r in result.read(other["results"])}
     for own in result.read(evaluation["results"]):
-        if (same := trained.get(tuple(own[name] for name in names))) is not None:
+        if (same := trained.get(tuple(own[name] for name in same_as))) is not None:
             gap = difference(result.population(own), result.population(same))
             row = {name: own[name] for name in result.KIND}
             row |= {"held_out": own["bits_per_dim"], "held_out_images": own["n"]}

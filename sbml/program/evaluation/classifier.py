@@ -54,7 +54,7 @@ def classify(evaluation: Evaluation) -> Numbers:
     subset = max(4, len(ids) // 8)
     density = dataclasses.replace(trained.density(), batch_size=config.batch_size, subset=subset)
     given = density, evaluation.images.images[ids], labels[ids], seen
-    stored = evaluation.once("classifier", _numbers, *given)
+    stored = evaluation.once("posterior", _numbers, *given)
     return {
         name: Interval(*value[:3].tolist(), *map(int, value[3:])) if value.ndim else float(value)
         for name, value in stored.items()

@@ -143,7 +143,7 @@ def test_a_resumed_run_and_the_gaussian_at_step_0(
     # The model's line has the smallest time, the prior's error has a line, the outlier a warning.
     model, prior = said.out.splitlines()[:2]
     assert model.startswith(f"model: log p {first['results'][0]['log_p']:.4f} nats per row at t=")
-    assert f" at t={notation(first['results'][0]['smallest_time'], '.3g')} [" in model
+    assert f" at t={notation(first['results'][0]['smallest_time'], '.3g')}, 95% interval [" in model
     z, sde = load(path, "test", log_columns=("a",)).array.astype(float), VP()
     error = prior_error(sde, z.mean(axis=0), z.var(axis=0))
     assert prior == error.line("nats").removeprefix("\n")

@@ -12,7 +12,6 @@ from sbml.density.estimate import Columns, Estimate
 from sbml.program.config import compatibility
 from sbml.program.evaluation import baselines, classifier
 from sbml.program.evaluation.cells import Dequantization, Evaluation, Run
-from sbml.program.report.result import Result
 from sbml.program.runtime.trees import table_crc32
 from sbml.program.runtime.versions import versions
 from sbml.program.runtime.workdir import PER_IMAGE
@@ -44,7 +43,7 @@ def columns(of: Evaluation, runs: Sequence[Run], numbers: Sequence[Estimate]) ->
 
 def evaluation(
     of: Evaluation,
-    results: Sequence[Result],
+    results: Sequence[Mapping[str, Any]],
     tables: Mapping[str, Columns],
     warnings: Sequence[str],
 ) -> dict[str, Any]:
@@ -62,7 +61,7 @@ def evaluation(
     split, classes = experiment.config.eval.split, restored.metadata.get("classes")
     return {
         "title": trained.workdir.name,
-        "results": [result.plain() for result in results],
+        "results": [*results],
         "baselines": [
             {"name": name, "bits_per_dim": i.mean, "ci95": i.ci95, "interval": list(i.bounds)}
             for name, i in intervals.items()

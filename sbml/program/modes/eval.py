@@ -70,6 +70,7 @@ def run(trained: Trained, preemption: Preemption) -> Workdir:
         print(f"classifier: {name} {intervals.cell(value)}")
     pairs = zip(runs, numbers, strict=True)
     found = [warning for run, number in pairs for warning in run.warnings(number)]
+    found += table.contradictions(runs, numbers)
     found += classifier.cautions(classified, config.ode.solver_budget)
     for warning in found:
         logging.warning(warning)

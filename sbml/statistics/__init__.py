@@ -1,4 +1,4 @@
-"""Intervals, moments and distances of numbers and of images, by NumPy.
+"""Error bars of means (intervals), moments, and distances between sets of images, by NumPy.
 
 May import: core.
 """

@@ -44,7 +44,7 @@ EPS = 1e-5  # where the solves of sbml and sbgm begin; those of the straight pat
 TARGETS = 1e-2, 1e-3  # nats
 BETA = 0.1, 50.0  # of VP: the prior then differs from p_T by less than 1e-4 nats
 STRAIGHT, VP = "straight", "VP"
-PROBLEMS = "mixture, 2 dims", "mixture, 64 dims", "digits, 64 dims"
+PROBLEMS = "mixture, 2 dims", "network, 2 dims", "mixture, 64 dims", "digits, 64 dims"
 TOLERANCES = 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 3e-7
 STEPS = 0.1, 0.07, 0.05, 0.04, 0.03, 0.025, 0.02, 0.015, 0.01, 0.005, 0.002, 0.001
 LONGEST = 20.0  # CPU-seconds of one compiled call of 64 examples; a walk ends there
@@ -128,14 +128,14 @@ class Way(NamedTuple):
 # Problems.
 
 
-def mixture(dims: int) -> Arrays:
+def mixture(dims: int, examples: int = EXAMPLES) -> Arrays:
     """Four Gaussians with standard deviations from 0.1 to 1, different in each direction."""
     random = np.random.default_rng(dims)
     deviations = np.exp(random.uniform(np.log(0.1), 0, (4, dims)))
     mean = random.normal(size=(4, dims)) * (1.5 if dims == 2 else 0.5)
     log_weights = np.log(np.array([0.1, 0.2, 0.3, 0.4]))
-    which = random.choice(4, EXAMPLES, p=np.exp(log_weights))
-    x = mean[which] + deviations[which] * random.normal(size=(EXAMPLES, dims))
+    which = random.choice(4, examples, p=np.exp(log_weights))
+    x = mean[which] + deviations[which] * random.normal(size=(examples, dims))
     return {"log_weights": log_weights, "mean": mean, "variance": deviations**2, "x": x}
 
 
@@ -149,10 +149,9 @@ def log_density(arrays: Arrays, alpha: float, sigma: float) -> np.ndarray:
 
 
 def digits() -> Arrays:
-    """A network of two layers that is trained for some seconds, and test images."""
+    """A network of digits, and test images."""
     import jax
     import jax.numpy as jnp
-    import optax
 
     from sbml import data
 
@@ -161,20 +160,36 @@ def digits() -> Arrays:
         k = images.reshape(len(images), -1).astype(jnp.float32)
         return 2 * (k + jax.random.uniform(key, k.shape, jnp.float32)) / 17 - 1
 
+    test = dequantized("test", jax.random.key(2))[:EXAMPLES]
+    return network("digits", dequantized("train", jax.random.key(1)), test)
+
+
+def network_of_mixture() -> Arrays:
+    """A network of the mixture in two dimensions, and the examples of the mixture."""
+    return network("mixture", mixture(2, 2**15)["x"], mixture(2)["x"])
+
+
+def network(name: str, x: Any, test: Any) -> Arrays:
+    """A network of two layers that is trained on ``x (n, d)`` for some seconds, and ``test``."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    x, test = (jnp.asarray(a, jnp.float32) for a in (x, test))
     key, width, frequencies = jax.random.key(0), 256, jnp.arange(1.0, 9.0, dtype=jnp.float32)
+    dims, steps = x.shape[1], 3000
     shapes: dict[str, tuple[int, ...]] = {
-        "w0": (64, width),
+        "w0": (dims, width),
         "c": (8, width),
         "s": (8, width),
         "w1": (width, width),
     }
-    shapes |= {"w2": (width, 64), "b0": (width,), "b1": (width,), "b2": (64,)}
+    shapes |= {"w2": (width, dims), "b0": (width,), "b1": (width,), "b2": (dims,)}
     keys = jax.random.split(key, len(shapes))
     params = {
         name: jax.random.normal(k, shape, jnp.float32) / math.sqrt(shape[0]) * (len(shape) == 2)
         for k, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
-    steps, x = 3000, dequantized("train", jax.random.key(1))
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
 
     def loss(params: Arrays, key: Any) -> Any:
@@ -196,8 +211,7 @@ def digits() -> Arrays:
     for i in range(steps):
         params, state, value = step(params, state, i)
         values.append(float(value))
-    print(f"digits: the loss of the last 100 steps is {np.mean(values[-100:]):.4f}")
-    test = dequantized("test", jax.random.key(2))[:EXAMPLES]
+    print(f"network of {name}: the loss of the last 100 steps is {np.mean(values[-100:]):.4f}")
     return jax.tree.map(np.asarray, params | {"frequencies": frequencies, "x": test})
 
 
@@ -244,7 +258,8 @@ def prepare(file: str) -> None:
         "VP eps": (VP, EPS, math.exp(-0.5 * b), math.sqrt(-math.expm1(-b))),
     }
     everything: Arrays = {}
-    for name, arrays in zip(PROBLEMS, (mixture(2), mixture(64), digits()), strict=True):
+    problems = mixture(2), network_of_mixture(), mixture(64), digits()
+    for name, arrays in zip(PROBLEMS, problems, strict=True):
         for start, (path, t, alpha, sigma) in starts.items():
             logp = solved(arrays, path, t)
             if "mean" in arrays:
@@ -296,7 +311,9 @@ def densities(arrays: Arrays) -> dict[str, Callable[..., Any]]:
 
     def density(path: str, tolerance: float | None, **fields: Any) -> Any:
         if tolerance is not None:
-            fields["solver"] = Solver(rtol=tolerance, atol=tolerance, adjoint="reverse")
+            # The velocity of the straight path is smooth in t, that of VP in sqrt(t).
+            how: Any = {"power": 1.0 if path == STRAIGHT else 2.0, "adjoint": "reverse"}
+            fields["solver"] = Solver(rtol=tolerance, atol=tolerance, **how)
         return Density(*made[path], shape=x.shape[1:], eps=EPS, **fields)
 
     return {path: (lambda *a, path=path, **k: density(path, *a, **k)) for path in made}

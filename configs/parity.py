@@ -30,6 +30,8 @@ def get_config(name: str = "cifar10_vp") -> ConfigDict:
     config.data.dequantization = "none"
     config.training.update(times="iid", noises="independent", proposal_bins=0)
     config.score.update(label="time", parameterization="noise")
+    if config.optim.name != "adam":
+        config.optim.update(name="adam", lr=4e-3)  # the rate of the digits with Adam
     # In each of the 5 sweeps, the authors draw 1,000 times for an image. Here it is one time, which
     # needs a thousandth of the evaluations.
     config.eval.bound.update(times="iid", control=False, proposal_bins=0, n_times=1, sweeps=5)

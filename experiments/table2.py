@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from sbml.data import imagenet32
-from sbml.program.report.result import Result
+from sbml.density.estimators import Cell
+from sbml.program.report import result
 
 COLUMNS = {
     "NLL uniform": ("ode", "uniform"),
@@ -54,25 +55,24 @@ def read(workdir: str | pathlib.Path) -> Row:
     if not path.exists():
         raise ValueError(f"{workdir} has no report.json: run --mode=eval there first")
     report = _loaded(path)
-    config, results = report["config"], [Result.read(row) for row in report["results"]]
+    config, results = report["config"], result.read(report["results"])
     if not results:
         raise ValueError(f"{path} has no results: run --mode=eval there again")
-    if (split := results[0].split) != "test":
+    if (split := results[0]["split"]) != "test":
         raise ValueError(
             f"{path} is of {split} images, and the table is of test images: run --mode=eval there "
             "with --config.eval.split=test"
         )
     row: Row = {
-        "data": results[0].data,
+        "data": results[0]["data"],
         "model": _variant(config, report["title"]),
         "sde": config["sde"]["name"],
-        "n": results[0].n,
+        "n": results[0]["n"],
     }
     for column, (estimator, dequantizer) in COLUMNS.items():
-        for result in results:
-            cell = result.estimator, result.dequantizer, result.num_importance
-            if cell == (estimator, dequantizer, 1):
-                row[column] = _cell(result)
+        for found in results:
+            if result.cell(found) == Cell(estimator, dequantizer):
+                row[column] = _cell(found)
     for name, value in report.get("quality", {}).items():
         if name.startswith("FID"):
             row[FID] = f"{float(value):.2f} ({name})"
@@ -115,12 +115,12 @@ def _variant(config: dict[str, Any], title: str) -> str:
     return f"{title} ({' + '.join(words) or 'baseline'})"
 
 
-def _cell(result: Result) -> str:
+def _cell(found: Row) -> str:
     """The mean ± half the width of its 95% interval, marked if it has not converged."""
-    value, half = result.bits_per_dim, result.ci95
+    value, half = found["bits_per_dim"], found["ci95"]
     if not math.isfinite(value):
         return "not finite"
-    mark = " (not converged)" if result.converged is False else ""
+    mark = " (not converged)" if found.get("converged") is False else ""
     return f"{value:.3f} ± {half:.3f}{mark}" if math.isfinite(half) else f"{value:.3f}{mark}"
 
 

@@ -22,6 +22,7 @@ from checkpoints import (
 )
 from orbax.checkpoint import v1 as ocp
 
+from sbml.program.runtime import checkpoint
 from sbml.program.runtime.checkpoint import Checkpoints, DamagedCheckpointError, OtherModelError
 
 # When one read of a damaged checkpoint fails, Orbax drops the others, and nobody retrieves their
@@ -229,3 +230,18 @@ def test_another_model_is_named_by_its_first_leaf(
     with pytest.raises(OtherModelError) as raised:
         restore(Checkpoints(tmp_path), abstract(change(make_state(0))))
     assert f"it holds {stored}, this model has {expected}." in str(raised.value)
+
+
+@pytest.mark.parametrize(("saved", "said"), [(2, "format 2,"), (None, "format None,")])
+def test_a_checkpoint_of_another_format_is_refused_and_not_called_damaged(
+    saved: int | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_steps(tmp_path, 1)
+    with monkeypatch.context() as other:
+        other.setattr(checkpoint, "FORMAT", saved)
+        save_steps(tmp_path, 2)
+    message = f"2 has the {said} and this version of sbml reads the format 1: install the version"
+    with pytest.raises(OtherModelError, match=message):
+        Checkpoints(tmp_path).metadata()
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(OtherModelError, match=message):
+        restore(checkpoints, abstract(make_state(0)))

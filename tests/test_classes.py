@@ -26,6 +26,7 @@ from sbml.program.modes import eval as evaluate
 from sbml.program.modes import latents, sample, train, train_dequantizer
 from sbml.program.runtime.workdir import EVALUATION, Workdir
 from sbml.samplers import DDIM
+from sbml.statistics.intervals import Interval
 
 VP = sbml.VP()
 
@@ -179,12 +180,12 @@ def test_an_evaluation_has_bits_per_dim_given_the_label_and_the_classifier(train
     joint = logp + np.log(prior)
     right = joint.argmax(axis=1) == labels[ids]
     classified = stored["classifier"]
-    assert classified["images"] == 8 and classified["accuracy"] == np.mean(right)
+    assert classified["images"] == 8 and classified["accuracy"]["mean"] == np.mean(right)
     assert classified[classifier.GUESS] == prior.max()
     mixture = -special.logsumexp(joint, axis=1) / (dims * np.log(2))
-    found = classified["bits/dim of the mixture over classes"]
+    found = classified["bits/dim of the mixture over classes"]["mean"]
     assert found == pytest.approx(mixture.mean(), abs=1e-5)
-    given = classified["bits/dim given the label"]
+    given = classified["bits/dim given the label"]["mean"]
     own = [each[labels[i]][j] for j, i in enumerate(ids)]
     assert given == pytest.approx(np.mean(own), abs=1e-5)
     assert table["class"].tolist() == images.labels[table["id"]].tolist()
@@ -214,15 +215,17 @@ def test_the_numbers_of_a_classifier_are_those_of_bayes_rule(monkeypatch) -> Non
         ("bits/dim of the mixture over classes", mixture),
         ("bits/dim given the label", given),
     ):
-        assert found[name] == pytest.approx(-np.log2(share).mean())
+        assert found[name].mean == pytest.approx(-np.log2(share).mean())
     score = -np.log(prior[truth] * given / mixture).mean()
-    assert found["-log p(c | k), nats"] == pytest.approx(score)
-    assert found["accuracy"] == 0.6 and found[classifier.GUESS] == 0.8 and found["images"] == 5
+    assert found["-log p(c | k), nats"].mean == pytest.approx(score)
+    assert found["accuracy"].mean == 0.6 and found[classifier.GUESS] == 0.8 and found["images"] == 5
 
 
 @pytest.mark.parametrize("accuracy", [0.05, 0.1, 0.15])
 def test_a_classifier_that_is_no_better_than_a_guess_gives_a_warning(accuracy: float) -> None:
-    found = classifier.cautions({"accuracy": accuracy, classifier.GUESS: 0.1}, 1e-3)
+    found = classifier.cautions(
+        {"accuracy": Interval(accuracy, 0.1, 0.2, 8, 0), classifier.GUESS: 0.1}, 1e-3
+    )
     assert len(found) == (accuracy <= 0.1)
     assert all(
         f"accuracy of {accuracy}, and guessing the most frequent class has 0.1" in f for f in found
@@ -244,7 +247,11 @@ def test_a_classifier_whose_solver_failed_gives_a_warning() -> None:
     numbers = classifier._numbers(density, pixels, truth, truth)
     said = classifier.cautions(numbers, 1e-3)[0]
     assert said.startswith("NOT CONVERGED: the solver's error of the classifier's bits/dim is up")
-    unknown = dict.fromkeys([name for name in numbers if name.startswith("solver's")], np.nan)
+    unknown = {
+        name: value._replace(mean=np.nan)
+        for name, value in numbers.items()
+        if name.startswith("solver's")
+    }
     assert "is up to nan, not within" in classifier.cautions({**numbers, **unknown}, 1e-3)[0]
     pixels[-1] = 15
     numbers = classifier._numbers(density, pixels, truth, truth)

@@ -355,6 +355,10 @@ def test_errors_for_sources_that_are_no_checkpoint(tmp_path: Path) -> None:
     gamma.sde.name = "linear_gamma"
     with pytest.raises(ValueError, match="sde.name='linear_gamma': their models have one of vp"):
         runs.mode(convert.run, gamma, tmp_path, tmp_path)
+    muon = config()
+    muon.optim.name = "muon"
+    with pytest.raises(ValueError, match="optim.name=muon: the checkpoint is of Adam"):
+        runs.mode(convert.run, muon, tmp_path / "ours", tmp_path)
     other = config()
     other.data.shape = (16, 16, 1)
     with pytest.raises(ValueError, match="images with 3 channels"):

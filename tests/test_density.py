@@ -78,7 +78,7 @@ def test_the_batch_size_changes_nothing_and_the_seed_changes_the_probes() -> Non
 
 @pytest.mark.slow
 def test_only_an_exact_trace_has_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sbml.density.exact_batch", lambda dims: 2)
+    monkeypatch.setattr("sbml.density.density.exact_batch", lambda dims: 2)
     sizes: list[int] = []
 
     def recorded(f, ids, size):

@@ -3,6 +3,7 @@
 The numbers of these tests are made up, so no ODE is solved.
 """
 
+import dataclasses
 import math
 
 import made_up
@@ -15,7 +16,7 @@ from sbml.density import estimate
 from sbml.density.estimate import Estimate
 from sbml.density.estimators.base import Target
 from sbml.likelihood.ode import Solver
-from sbml.program.report.result import Result
+from sbml.program.report import result
 from sbml.sdes import VP
 
 N, DEFAULT = 1000, Solver(rtol=2e-4, atol=2e-4)
@@ -114,7 +115,9 @@ def test_the_line_of_a_number_ends_with_its_remedy() -> None:
     found = solved(errors_of(3e-3, 1e-4), solver=Solver(rtol=1e-3, atol=2e-3))
     names = {"estimator": "ode", "dequantizer": "uniform", "data": "digits", "split": "test"}
     others = {"num_importance": 1, "split_size": N, "trace": None, "dequantizer_step": None}
-    line = Result.of(found, np.arange(N), **names, **others).line.partition("\n")[0]
+    in_bits = dataclasses.replace(found, unit="bits/dim")
+    row = {**names, **others, **in_bits.row(section="eval.ode.")}
+    line = result.line(row).partition("\n")[0]
     assert " NOT CONVERGED at t=" in line and line.endswith(
         f", n={N}; lower eval.ode.rtol and eval.ode.atol, as in --config.eval.ode.rtol=0.0001 "
         "--config.eval.ode.atol=0.0002"
@@ -167,13 +170,12 @@ def test_outliers_are_named_by_the_same_line_in_density_and_in_an_evaluation(
     number, second = str(found).split("\n")
     # The number itself is that of all examples.
     assert second == line and number.startswith(f"{found.values.mean():.4f} bits/dim at t=")
-    origin = {"dequantizer": "uniform", "num_importance": 1, "data": "digits", "split": "test"}
-    origin |= {"split_size": 40, "trace": None, "dequantizer_step": None}
-    result = Result.of(found, np.arange(100, 140), estimator="bound", **origin)
+    row = found.row(np.arange(100, 140))
     warned = found.warnings("eval.bound.", [f"n{i}" for i in range(40)])
     assert line.replace(names, ", ".join(f"n{name}" for name in names.split(", "))) in warned
-    assert result.plain()["without_outliers"] == pytest.approx(kept.mean())
-    assert result.median == median
+    assert row["without_outliers"] == pytest.approx(kept.mean())
+    assert row["median"] == median
+    assert [each[0] for each in row["outliers"]] == [100 + place for place, _ in reversed(bad)]
 
 
 def test_numbers_without_outliers_have_no_such_line() -> None:

@@ -18,11 +18,12 @@ from scipy import stats
 
 from experiments import table2
 from sbml.core.files import read_json, read_npz, write_json, write_npz
-from sbml.density.estimators import Cell
+from sbml.density.estimators import Cell, ode
+from sbml.density.estimators import bound as bounds
 from sbml.likelihood import bound
 from sbml.program.config import build
 from sbml.program.evaluation.cells import Dequantization, check_first_batch
-from sbml.program.evaluation.table import cautions
+from sbml.program.evaluation.table import cautions, contradictions
 from sbml.program.modes import eval as evaluate
 from sbml.program.modes import report as report_mode
 from sbml.program.report import summary
@@ -199,6 +200,21 @@ def test_a_dequantizer_that_does_not_fit_the_training_gives_a_warning(
     dequantizer = Dequantization(shared.experiment.dequantizer(name), {})
     warnings = [w for w in cautions(shared, {name: dequantizer}) if w.startswith(name)]
     assert [phrase in w for w in warnings] == ([True] if phrase else [])
+
+
+@pytest.mark.parametrize(("above", "said"), [(0.3, 1), (0.05, 0), (-0.3, 0)])
+def test_a_bound_far_below_the_ode_gives_a_warning(above, said):
+    """The noise of the images is common to both, so the difference is paired."""
+    bound = np.random.default_rng(0).normal(3, 1, 50)
+    ids = SimpleNamespace(ids=np.arange(50))
+    runs = [
+        SimpleNamespace(cell=cell, measurement=SimpleNamespace(**vars(ids), estimator=kind()))
+        for cell, kind in ((ODE, ode.Estimator), (BOUND, bounds.Estimator))
+    ]
+    numbers = [SimpleNamespace(values=bound + above, solver=1), SimpleNamespace(values=bound)]
+    numbers[1].solver = None
+    found = contradictions(runs, numbers)
+    assert [each.startswith(f"ode uniform is {above:.3f} +- ") for each in found] == [True] * said
 
 
 def test_files_that_are_not_used_are_named_once_for_each_split(trained, tmp_path):

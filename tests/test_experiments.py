@@ -13,7 +13,7 @@ from experiments import samplers, schedule, table2, toy2d
 from sbml.density.estimate import Estimate
 from sbml.likelihood.ode import Solver
 from sbml.networks import mlp
-from sbml.program.report.result import Result, strict
+from sbml.program.report.result import strict
 from sbml.statistics.intervals import Interval
 
 FEATURES = '    config.eval.quality.features = "digits_classifier"\n'
@@ -49,7 +49,7 @@ def evaluation(
         origin = {"num_importance": 1, "data": data, "split": "test", "split_size": 10_000}
         origin |= {"trace": None, "dequantizer_step": None}
         kind = {"estimator": estimator, "dequantizer": dequantizer}
-        rows.append(Result.of(found, np.arange(10_000), **kind, **origin).plain())
+        rows.append({**kind, **origin, **found.row()})
     report = {
         "title": folder.name,
         "config": {"sde": {"name": "subvp"}, "training": training, "data": {"flip": flip}},

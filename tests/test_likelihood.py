@@ -14,6 +14,7 @@ from sbml.audit import oracle
 from sbml.core.types import Array, Key
 from sbml.likelihood import Likelihood, ode, ode_logp
 from sbml.likelihood.ode import Solver
+from sbml.score import from_prediction
 from sbml.score.divergence import Trace
 from sbml.sdes import SDES
 
@@ -102,6 +103,42 @@ def test_far_outliers_are_right_at_the_default_tolerance() -> None:
     assert np.max(error) < 0.02
     assert np.quantile(error, 0.9) < 2e-3
     assert np.quantile(uncorrected, 0.9) > 2 * np.quantile(error, 0.9)
+
+
+@pytest.mark.slow
+@pytest.mark.oracle
+def test_the_straight_path_in_two_dimensions_is_solved_best_in_t() -> None:
+    """The velocity is smooth in t. In sqrt(t), the errors of the same tolerances are four times as
+    large. A tenth of the tolerance shows the error of the solver."""
+    mean, c = jnp.asarray([[1.5, -1.0], [-2.0, 0.5], [0.5, 2.0]]), jnp.asarray([0.01, 0.1, 1.0])
+    x = jax.random.normal(jax.random.key(0), (60, 2)) * jnp.sqrt(jnp.tile(c, 20))[:, None]
+    x += jnp.tile(mean, (20, 1))
+
+    def parts(x: Array, t: Array | float) -> tuple[Array, Array, Array]:
+        """The components' log densities, and their E[x_0 | x] and E[e | x]."""
+        v, r = ((1 - t) ** 2 * c + t**2)[:, None], x[None] - (1 - t) * mean
+        logp = -0.5 * jnp.sum(r**2 / v + jnp.log(2 * jnp.pi * v), 1) - jnp.log(3)
+        return logp, mean + (1 - t) * c[:, None] * r / v, t * r / v
+
+    def velocity(x: Array, t: Array) -> Array:
+        logp, x_0, noise = parts(x, t)
+        return jax.nn.softmax(logp) @ (noise - x_0)
+
+    sde = SDES["rectified_flow"]()
+    score = from_prediction(velocity, "flow", sde)
+
+    @jax.jit
+    def logp(tolerance: Array) -> Array:
+        solver = Solver(rtol=tolerance, atol=tolerance, power=1.0)
+        solve = functools.partial(ode_logp, score, sde, key=None, trace=EXACT, solver=solver)
+        return jax.vmap(lambda x: solve(x, eps=EPS).logp)(x)
+
+    exact = jax.vmap(lambda x: jax.nn.logsumexp(parts(x, EPS)[0]))(x)
+    coarse, fine = logp(jnp.asarray(1e-3)), logp(jnp.asarray(1e-4))
+    assert jnp.mean(jnp.abs(coarse - exact)) < 3e-3
+    assert jnp.mean(jnp.abs(fine - exact)) < 6e-4
+    estimate, error = (float(jnp.mean(jnp.abs(coarse - other))) for other in (fine, exact))
+    assert estimate == pytest.approx(error, rel=0.3)
 
 
 @pytest.mark.oracle

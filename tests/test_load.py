@@ -72,7 +72,9 @@ def test_a_value_of_a_wrong_type_in_a_checkpoint_is_named_with_its_folder(
         if "of another model" in said:
             continue
         # A value is named by the field, or by a field of the section that it replaces.
-        assert f"{name}." in said or f"{name}=" in said, (name, said)
+        section, _, field = name.rpartition(".")
+        named = (f"{name}.", f"{name}=", f"config.{section}: {field} is ")
+        assert any(words in said for words in named), (name, said)
         assert value in said and "install the version of sbml that wrote it" in said, (name, said)
         found += 1
     assert found > len(names) / 2

@@ -59,7 +59,7 @@ def orthogonalized(g):
 
 def test_muon_by_hand():
     """Two steps with Nesterov's momentum. A kernel of a convolution is a matrix of (h w in) x out.
-    The other parameters take Adam's steps."""
+    The other parameters take the steps of Adam with Nesterov's momentum (Dozat 2016)."""
     draw = np.random.default_rng(0).normal
     kernel, first = draw(size=(2, 2, 3, 5)), {"kernel": draw(size=(2, 3)), "bias": draw(size=3)}
     params = {"Block_0": {"Conv_0": {"kernel": kernel, "bias": first["bias"]}}, "Conv_0": first}

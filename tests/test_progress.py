@@ -61,6 +61,16 @@ def test_the_seconds_of_compiling_are_shown(screen: Screen) -> None:
             time.sleep(0.01)
 
 
+def test_the_seconds_of_a_long_result_are_shown(screen: Screen) -> None:
+    with Bar("ode", "image", 40) as bar:
+        bar.update()
+        screen.now += 33
+        deadline = time.monotonic() + 10
+        while "1/40 [00:33<" not in screen.getvalue():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 def test_a_log_has_whole_lines_at_the_ends_and_every_half_minute(screen: Screen) -> None:
     screen.live = False
     with Bar("train", "step", 1000) as bar:

@@ -17,9 +17,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sbml.program.report import comparison, pictures, plots, table
+from sbml.program.report import comparison, pictures, plots, result, table
 from sbml.program.report import page as report_page
-from sbml.program.report.result import HALF_WIDTH, ROWS, Result
+from sbml.program.report.result import ROWS
+from sbml.statistics.intervals import Interval
 
 N, LEVELS = 40, 17
 ATTACK = '<script>alert("x")</script> $\\frac{'
@@ -427,20 +428,21 @@ def test_a_number_that_rounds_to_0_has_no_minus_sign(tmp_path: Path) -> None:
     """Neither on the page nor in a terminal."""
     tiny = RESULT | {"bits_per_dim": -1e-9, "interval": [-2e-9, 0.0], "terms": {"prior": -1e-9}}
     page = write(tmp_path, numbers(results=[tiny], baselines=[{"name": "b", "bits_per_dim": -0.0}]))
-    row = {"name": "b", "log_p": -1e-9, "interval": [-1e-9, 0.0], "chosen": ""}
+    row = {"name": "b", "log_p": -1e-9, "interval": [-1e-9, 0.0], "n": 9, "chosen": ""}
     gap = {"difference": -1e-9, "difference_interval": [-1e-9, -0.0]}
     shown = page.text.partition("Every number of the results")[0]
     shown += comparison.difference_row({"run": "b", "verdict": "unclear", **gap}).text
-    shown += Result.read(tiny).line + table.line(row | gap) + table.verdict(row | gap)
+    shown += result.line(tiny) + table.line(row | gap) + table.verdict(row | gap)
     assert "-" in shown and not re.search(r"(?<![+e])-0\.0+(?![0-9])", shown)
 
 
 def test_a_line_of_a_table_says_what_cannot_be_trusted() -> None:
-    row = {"name": "model", "log_p": 0.5, "interval": [0.3, 0.7], "chosen": "step 3"}
+    row = {"name": "model", "log_p": 0.5, "interval": [0.3, 0.7], "n": 9, "chosen": "step 3"}
     measured = {"this_set_ci95": 0.01, "converged": False}
-    said = "model: log p 0.5000 nats per row [0.3000, 0.7000], for these rows +-0.0100"
-    assert table.line({**row, **measured}) == f"{said} NOT CONVERGED, step 3"
-    assert table.line({**row, **measured, "converged": True}) == f"{said}, step 3"
+    said = "model: log p 0.5000 nats per row"
+    rest = ", 95% interval [0.3000, 0.7000], for these rows +-0.0100, n=9, step 3"
+    assert table.line({**row, **measured}) == f"{said} NOT CONVERGED{rest}"
+    assert table.line({**row, **measured, "converged": True}) == f"{said}{rest}"
     lost = {**row, "difference": np.nan, "difference_interval": [np.nan, np.nan]}
     assert table.verdict(lost).endswith("log p of some rows is not finite.")
 
@@ -553,10 +555,8 @@ def test_a_column_of_samples_has_one_class(
 def test_the_classifier_and_the_classes_are_shown(tmp_path: Path) -> None:
     values = {
         "images": 64.0,
-        "accuracy": 0.9531,
-        f"accuracy{HALF_WIDTH}": 0.05322,
-        "-log p(c | k), nats": math.inf,
-        f"-log p(c | k), nats{HALF_WIDTH}": math.nan,
+        "accuracy": Interval(0.9531, 0.0266, 0.05322, 64, 0),
+        "-log p(c | k), nats": Interval(math.inf, math.nan, math.nan, 64, 1),
     }
     classes = np.array(["cat", "dog"])[np.arange(N) % 2]
     text = write(tmp_path, numbers(classifier=values), table={**columns(), "class": classes}).text

@@ -275,7 +275,7 @@ def test_an_evaluation_without_a_field_is_refused(tmp_path: Path) -> None:
     stored = Workdir(tmp_path).read(EVALUATION)
     del stored["results"][0]["split"]
     Workdir(tmp_path).write(EVALUATION, stored)
-    with pytest.raises(ValueError, match="evaluation.json is no result .*evaluate again"):
+    with pytest.raises(ValueError, match=r"\(results.0.split: Field required\).*--mode=eval"):
         summary.write(Workdir(tmp_path), lambda split: data.load("digits", split, data.Options()))
 
 

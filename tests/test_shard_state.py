@@ -15,7 +15,7 @@ TRAINED = """
 import pathlib, runs, sys, test_shard_state
 from sbml.program.modes import train
 
-config, folder = test_shard_state.config(), pathlib.Path(sys.argv[1])
+config, folder = test_shard_state.config(sys.argv[2]), pathlib.Path(sys.argv[1])
 runs.mode(train.run, config, folder / "whole")
 config.training.sample_every = 4  # In the sharded part.
 for steps, shard_state in ((2, False), (4, True), (6, False)):
@@ -43,11 +43,15 @@ for shard_state in (False, True):
 """
 
 
-def config():
+def config(optimizer):
     config = tiny.get_config()
     config.sampling.sampler.update(name="ddim", steps=2)
     config.training.update(num_steps=6, checkpoint_every=2, validate_every=2)
     config.data.validation = 41  # not a multiple of eight devices
+    config.optim.name = optimizer
+    if optimizer == "muon":
+        with config.unlocked():
+            config.model = {"name": "test_train:Block"}
     return config
 
 
@@ -68,11 +72,12 @@ def on_eight_devices(code: str, *arguments: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_sharded_training_has_the_same_losses_and_checkpoints(tmp_path) -> None:
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_sharded_training_has_the_same_losses_and_checkpoints(optimizer, tmp_path) -> None:
     """The second training starts unsharded, continues sharded, and then unsharded again. Its
     curve of bits/dim on validation images is that of one device."""
-    on_eight_devices(TRAINED, str(tmp_path))
-    runs.mode(train.run, config(), tmp_path / "one")
+    on_eight_devices(TRAINED, str(tmp_path), optimizer)
+    runs.mode(train.run, config(optimizer), tmp_path / "one")
     curves = [validation(tmp_path / name) for name in ("one", "whole", "mixed")]
     assert len(curves[0]) == 3
     np.testing.assert_allclose(curves[1:], [curves[0]] * 2, rtol=1e-4)
@@ -80,7 +85,8 @@ def test_sharded_training_has_the_same_losses_and_checkpoints(tmp_path) -> None:
     assert set(expected) == set(got) == set(range(1, 7))
     for step, loss in expected.items():
         assert got[step] == pytest.approx(loss, rel=1e-6)
-    states = [runs.state(tiny.get_config(), tmp_path / name).state for name in ("whole", "mixed")]
+    stored = [runs.state(config(optimizer), tmp_path / name) for name in ("whole", "mixed")]
+    states = [one.state for one in stored]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), *states)
 
 

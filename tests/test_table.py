@@ -143,7 +143,7 @@ def test_a_resumed_run_and_the_gaussian_at_step_0(
     # The model's line has the smallest time, the prior's error has a line, the outlier a warning.
     model, prior = said.out.splitlines()[:2]
     assert model.startswith(f"model: log p {first['results'][0]['log_p']:.4f} nats per row at t=")
-    assert f" at t={notation(first['results'][0]['smallest_time'], '.3g')} [" in model
+    assert f" at t={notation(first['results'][0]['smallest_time'], '.3g')}, 95% interval [" in model
     z, sde = load(path, "test", log_columns=("a",)).array.astype(float), VP()
     error = prior_error(sde, z.mean(axis=0), z.var(axis=0))
     assert prior == error.line("nats").removeprefix("\n")
@@ -279,6 +279,7 @@ REFUSED = {
         {},
         "column w has the value 0 in 90 of 400 rows",
     ),
+    "one huge value": ({**GOOD, "w": changed(6, 1e308)["v"]}, {}, r"column w .*e308: give it in"),
     "tiny": ({**GOOD, "w": 1e-200 * GOOD["u"][::-1]}, {}, r"column w .*e-200: give it in"),
     "huge": ({**GOOD, "w": 1e200 * GOOD["u"][::-1]}, {}, r"column w .*e200: give it in"),
     "negative": (GOOD, {"log_columns": ("u",)}, r"log_columns=u: row \d+ has .* above 0"),
@@ -295,6 +296,14 @@ def test_a_table_without_a_density_is_refused(case: str, tmp_path: Path) -> None
     columns, own, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         load(csv(tmp_path / "a.csv", columns), **own)
+
+
+def test_a_far_value_is_accepted_and_a_mark_of_missing_values_is_cautioned(tmp_path: Path) -> None:
+    assert load(csv(tmp_path / "a.csv", changed(6, 1e8))).caution == ""
+    marked = changed(6, -9999)
+    marked["v"][10] = marked["v"][40] = -9999
+    caution = load(csv(tmp_path / "b.csv", marked)).caution
+    assert caution.startswith("column v has the value -9999 in 3 rows, far from all others")
 
 
 def test_columns_with_a_density_are_not_called_dependent(tmp_path: Path) -> None:

@@ -221,9 +221,9 @@ def test_changed_settings_of_a_continued_training_are_logged(tmp_path, caplog):
     runs.mode(train.run, config, tmp_path)
     text = "nothing is trained: step 8 is stored, and training.num_steps="
     assert f"{text}6. Changed: nothing else" in caplog.text
-    config.training.update(num_steps=8, proposal_bins=16)
+    config.training.update(num_steps=8, times="iid")
     runs.mode(train.run, config, tmp_path)
-    assert f"{text}8. Changed: training.proposal_bins 32 -> 16" in caplog.text
+    assert f"{text}8. Changed: training.times lattice -> iid" in caplog.text
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])

@@ -157,7 +157,7 @@ def test_fields_are_the_keys_of_a_config() -> None:
         (
             "block_out_channels",
             [8],
-            r"block_out_channels=\(8,\), down_block.* one of each per level",
+            r"block_out_channels=\(8,\) \(1\), down_block.* one of each per level",
         ),
         ("norm_num_groups", None, "norm_num_groups=0 with .*give the number of groups"),
         ("down_block_types", ["DownBlock2D", "SkipDownBlock2D"], "give the down blocks with Skip"),

@@ -18,7 +18,6 @@ from sbml.program.evaluation import cells, validation
 from sbml.program.modes import eval as evaluation
 from sbml.program.modes import train
 from sbml.program.report import page
-from sbml.program.report.result import Result
 from sbml.program.runtime import metrics, preemption
 from sbml.program.runtime.workdir import EVALUATION, Workdir
 
@@ -55,10 +54,10 @@ def test_a_point_is_the_number_of_an_evaluation(trained):
     config.eval.update(split="validation", estimators=("bound",))
     config.eval.bound.proposal_bins = 0
     runs.mode(evaluation.run, config, trained)
-    (result,) = map(Result.read, Workdir(trained).read(EVALUATION)["results"])
+    (result,) = Workdir(trained).read(EVALUATION)["results"]
     last = metrics.read(trained)[-1]
-    assert (result.n, last["step"]) == (41, STEPS)
-    np.testing.assert_allclose(last[COLUMN], result.bits_per_dim, rtol=1e-6)
+    assert (result["n"], last["step"]) == (41, STEPS)
+    np.testing.assert_allclose(last[COLUMN], result["bits_per_dim"], rtol=1e-6)
 
 
 def test_a_point_is_the_mean_over_images_and_sweeps(digits_model, tmp_path):

@@ -52,6 +52,7 @@ class Bar(tqdm):
     ) -> None:
         self._live = live = sys.stderr.isatty() or "ipykernel" in type(sys.stderr).__module__
         self._begun = threading.Event()  # There is a result.
+        self._ended = threading.Event()
         self._compiles, self._quantity, self._text, self._shown = compiles, quantity, "", ""
         self._sum, self._count = 0.0, 0  # of the values
         self._before, self._since = done, 0.0  # items that do not count for the speed, which begins
@@ -89,7 +90,8 @@ class Bar(tqdm):
             threading.Thread(target=self._tick, daemon=True).start()
 
     def _tick(self) -> None:
-        while not self._begun.wait(1):
+        """Show the seconds that pass, also while one result takes long."""
+        while not self._ended.wait(1):
             self.refresh()
 
     def update(self, n: int = 1, text: str | None = None) -> None:
@@ -118,6 +120,7 @@ class Bar(tqdm):
     def close(self) -> None:
         """End the bar; if it was never shown, nothing is shown."""
         self._begun.set()
+        self._ended.set()
         if not (self._live or self.disable or self.delay):
             self.display()
         super().close()

@@ -205,7 +205,8 @@ class Table(Source):
                 "hold out two at least, and leave two to train on"
             )
         test, train = np.sort(order[:count]), np.sort(order[count:])
-        caution = copies(y[test], y[train], "test rows") if split == "test" else ""
+        cautions = [copies(y[test], y[train], "test rows") if split == "test" else ""]
+        cautions += [_mark(name, column) for name, column in zip(names, y.T, strict=True)]
         y = y + noise * rounded
         whitening = Whitening.fit(y[train], links)
         chosen = test if split == "test" else train
@@ -218,7 +219,7 @@ class Table(Source):
             columns=names,
             whitening=whitening,
             rounded=rounded,
-            caution=caution,
+            caution="; ".join(filter(None, cautions)),
         )
 
     def _links(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -395,12 +396,32 @@ def _floats(column: np.ndarray) -> np.ndarray:
     return y
 
 
+def _spread(y: np.ndarray) -> tuple[float, float]:
+    """The median, and the distance between the quartiles."""
+    low, median, high = np.quantile(y, (0.25, 0.5, 0.75))
+    return float(median), float(high - low)
+
+
+def _mark(name: str, y: np.ndarray) -> str:
+    """A caution about a far value of several rows of the column ``name``; "" without one."""
+    median, spread = _spread(y)
+    for value in (y.min(), y.max()):
+        if (count := int(np.sum(y == value))) > 1 and abs(value - median) > 20 * spread > 0:
+            return (
+                f"column {name} has the value {value:.6g} in {count} rows, far from all others: if "
+                "it stands for a missing value, remove these rows"
+            )
+    return ""
+
+
 def _rounding(y: np.ndarray) -> float:
     """The h of a column, 0 if it is not rounded; a column without a density is refused."""
     if not np.ptp(y):
         raise ValueError(f" is constant, {y[0]:g} in every row")
-    unit = 1e-9 * np.ptp(y)  # Differences below this are rounding errors of a file.
-    rounded = np.rint((y - y.min()) / unit)
+    # Differences below this are rounding errors of a file. One huge value does not change it.
+    unit = 1e-9 * (_spread(y)[1] or np.ptp(y))
+    with np.errstate(over="ignore"):  # The distance of a huge value is infinite.
+        rounded = np.rint((y - y.min()) / unit)
     values, counts = np.unique(rounded, return_counts=True)
     if len(values) < LEAST_VALUES:
         raise ValueError(f" has {len(values)} different values, so it has no density")

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -117,12 +118,7 @@ class Estimate:
         )
 
     def __repr__(self) -> str:
-        low, high = self.population.bounds
-        own = f"{self.this_set_ci95:.4f}" if self.this_set_ci95 < math.inf else " not measured"
-        text = (
-            f"{self.mean:z.4f} {self.unit} at t={notation(self.eps, '.3g')}, 95% interval "
-            f"[{low:z.4f}, {high:z.4f}], for these examples +-{own}, n={self.population.n}"
-        )
+        text = line(self.row(), self.unit, "examples")
         if self.solver is not None and self.solver_error is None:
             text += f", {self.unconverged()}"
         elif not self.converged:
@@ -131,6 +127,56 @@ class Estimate:
             text += f", {self._about_tail('')}"
         text += self.prior_error.line(self.unit) if self.prior_error else ""
         return "\n".join(filter(None, [text, self.about_outliers()]))
+
+    def row(self, ids: Ids | None = None, section: str = "") -> dict[str, Any]:
+        """The number as plain values, as a row of ``report.json``.
+
+        The value is ``bits_per_dim``, or ``log_p`` in nats; errors are in the same unit. An
+        ``interval`` has the ends of a 95% interval, of which ``ci95`` is half the width. ``terms``
+        are means. ``prior_error_each`` is the approximate error for one example
+        (``likelihood.PriorError``), and ``solver_images`` is the number of examples on which the
+        solver's error was measured. A bound has ``sweeps``, ``target_se`` and ``tail`` in place of
+        the solver's errors. A value that is not known is left out.
+
+        Args:
+          ids: the numbers of the examples in ``outliers``, ``(n,)``; None to count them from 0.
+          section: as for :meth:`unconverged`.
+        """
+        values, population, this_set = self.values, self.population, self.this_set
+        gap, without, prior = self.solver_error, self.without_outliers, self.prior_error
+        ids = np.arange(len(values)) if ids is None else ids
+        found = {
+            "n": population.n,
+            value_of(self.unit): population.mean,
+            "stderr": population.stderr,
+            "ci95": population.ci95,
+            "interval": list(population.bounds),
+            "this_set_stderr": this_set.stderr,
+            "this_set_ci95": this_set.ci95,
+            "this_set_interval": list(this_set.bounds),
+            "converged": self.converged if gap else None,
+            "solver_error": gap.mean if gap else None,
+            "solver_error_ci95": gap.ci95 if gap else None,
+            "solver_images": gap.n if gap else None,
+            "unconverged": self.unconverged(section) or None if gap else None,
+            "prior_error": prior.mean if prior else None,
+            "prior_error_each": prior.each if prior else None,
+            "sweeps": None if gap else self.sweeps,
+            "tail": None if gap or math.isnan(self.tail) else self.tail,
+            "target_se": None if gap else self.target_se,
+            "nonfinite": population.nonfinite,
+            "min": float(values.min()),
+            "max": float(values.max()),
+            "median": self.median,
+            "outliers": [[int(ids[i]), float(values[i])] for i in self.outliers],
+            "without_outliers": without and without.mean,
+            "without_outliers_interval": without and list(without.bounds),
+            "terms": {name: float(term.mean()) for name, term in self.terms.items()},
+            "smallest_time": self.eps,
+            "nfe_mean": float(self.nfe.mean()),
+            "nfe_max": int(self.nfe.max()),
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
     def warnings(self, section: str = "", names: Sequence[str] | None = None) -> list[str]:
         """Warnings about numbers that are not finite or outliers, draws with a heavy tail, a
@@ -266,6 +312,26 @@ class Estimate:
         elif solver.rtol + solver.atol < precision.eps:
             remedy = f"raise {tolerances}, which are below the rounding of {precision.dtype}"
         return f"{known}; {remedy}"
+
+
+def value_of(unit: str) -> str:
+    """The name of the value of a number in ``unit`` in its row."""
+    return "bits_per_dim" if unit == "bits/dim" else "log_p"
+
+
+def line(row: Mapping[str, Any], unit: str, examples: str, about: str = "", of: str = "") -> str:
+    """The number of a ``row`` (:meth:`Estimate.row`) with its error bars, for a terminal.
+
+    ``examples`` is what they are called; ``about`` stands after the unit and ``of`` after the time.
+    """
+    (low, high), own = row["interval"], row.get("this_set_ci95")
+    at = f" at t={notation(row['smallest_time'], '.3g')}" if "smallest_time" in row else ""
+    text = f"{row[value_of(unit)]:z.4f} {unit}{about}{at}{of}, "
+    text += f"95% interval [{low:z.4f}, {high:z.4f}]"
+    if own is not None:
+        text += f", for these {examples} +-"
+        text += f"{own:.4f}" if own < math.inf else " not measured"
+    return f"{text}, n={row['n']}"
 
 
 def within(gap: Interval, budget: float) -> bool:

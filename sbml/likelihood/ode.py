@@ -145,7 +145,8 @@ class Solver:
       rtol, atol: the relative and absolute tolerance of the step control. They apply to each entry
         of y, and to the integral divided by the number of entries of y (for a log-determinant: nats
         per dimension). Each is at least 1e-7 for a solve in float32, and 1e-16 in float64.
-      power: the coordinate u with t = u^power: 2 solves in sqrt(t), 1 in t.
+      power: the coordinate u with t = u^power: 2 solves in sqrt(t), 1 in t. For ``RectifiedFlow``
+        and a score with predictions, 1 needs fewer evaluations.
       first_step: the length of the first step, in u.
       pcoeff, icoeff: coefficients of the proportional-integral step control.
       fixed_steps: the number of equal steps in u; None for step control.

@@ -68,6 +68,13 @@ class Interval(NamedTuple):
         return self.mean - self.ci95, self.mean + self.ci95
 
 
+def cell(value: Interval | float, sign: str = "+-") -> str:
+    """A number as text, with half of its interval if it has one."""
+    if not isinstance(value, Interval):
+        return f"{value:z.4g}"
+    return f"{value.mean:z.4g} {sign}{value.ci95:.2g}"
+
+
 @typed
 def mean_interval(values: Values) -> Interval:
     """The interval of the mean of ``values (n,)``; its half-width is infinite for one value."""

@@ -233,7 +233,8 @@ def of_checkpoint(
     stored = flatten_dict(metadata["config"], sep=".")
     with registry.only({*trust, *parts_in(overrides)}):
         try:
-            config = default(stored["model.name"], stored["dequantizer.name"]).to_dict()
+            kinds = (("model.name", "ncsnpp"), ("dequantizer.name", "variational"))
+            config = default(*(stored.get(name, usual) for name, usual in kinds)).to_dict()
             for name, value in stored.items():
                 with errors_of(f"{name}={notation(value)}"):
                     node, last = node_of(config, name)

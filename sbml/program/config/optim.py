@@ -6,7 +6,8 @@ learning rate at step n = lr min(n / warmup, 1)
 
 Muon (Jordan et al. 2024) replaces Adam's step for an m x n matrix by an orthogonal one. If U S V^T
 is the average of its gradients, the step is about lr .2 sqrt(max(m, n)) U V^T, whose entries have
-the root mean square .2 lr, as Adam's usually have.
+the root mean square .2 lr, as Adam's usually have. The other parameters take the steps of Adam
+with Nesterov's momentum.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -134,25 +135,22 @@ class Optim(Section):
 
         # The state's structure depends on the name alone: a run can continue with other settings.
         clip = self.grad_clip * unit
-        adam = optax.scale_by_adam(self.beta1, self.beta2, self.eps)
+        if self.name == "muon":
+            step = optax.contrib.muon(
+                learning_rate=-1.0,  # the last transformation has the rate, and changes the sign
+                eps=self.eps,
+                adam_b1=self.beta1,
+                adam_b2=self.beta2,
+                muon_weight_dimension_numbers=muon_dimensions,
+                consistent_rms=0.2,
+            )
+        else:
+            step = optax.scale_by_adam(self.beta1, self.beta2, self.eps)
         return optax.chain(
             optax.clip_by_global_norm(clip) if clip else optax.identity(),
-            self._muon() if self.name == "muon" else adam,
+            step,
             optax.stateless(decay) if self.weight_decay else optax.identity(),
             optax.scale_by_learning_rate(self.rate(num_steps)),
-        )
-
-    def _muon(self) -> "optax.GradientTransformation":
-        """The step of Muon for a rate of 1, before its sign changes."""
-        import optax
-
-        return optax.contrib.muon(
-            learning_rate=-1.0,  # scale_by_learning_rate follows, with the schedule and the sign
-            eps=self.eps,
-            adam_b1=self.beta1,
-            adam_b2=self.beta2,
-            muon_weight_dimension_numbers=muon_dimensions,
-            consistent_rms=0.2,
         )
 
 

@@ -138,6 +138,8 @@ def store(
     fitted, lines = compatibility.with_fields(config, sections)
     if fitted.training.checkpoints(workdir).steps():
         raise ValueError(f"{workdir} has checkpoints already: convert into a new --workdir")
+    if fitted.optim.name != "adam":
+        raise ValueError(f"optim.name={fitted.optim.name}: the checkpoint is of Adam; give adam")
     experiment, plain = Experiment(fitted), fitted.plain()
     fields = flatten_dict(plain, sep=".")
     if untold:

@@ -33,7 +33,6 @@ from sbml.likelihood import ode
 from sbml.likelihood.bound import GaussianControl, Reduction
 from sbml.program.config.build import Experiment
 from sbml.program.config.trained import Trained
-from sbml.program.report.result import Result
 from sbml.program.runtime import sharding
 from sbml.program.runtime.checkpoint import Restored
 from sbml.program.runtime.parts import Parts, compute_once
@@ -272,22 +271,19 @@ class Run:
             for other in dict.fromkeys(others)
         ]
 
-    def result(self, number: Estimate) -> Result:
-        """The result as a report shows it; ``number`` is the estimate from :meth:`finish`."""
+    def result(self, number: Estimate) -> dict[str, Any]:
+        """The row of ``report.json``; ``number`` is the estimate from :meth:`finish`."""
         run, checkpoint = self.measurement, self.dequantization.restored
         trace = getattr(run.estimator, "trace", None)
-        return Result.of(
-            number,
-            run.ids,
-            estimator=self.cell.estimator,
-            dequantizer=self.cell.dequantizer,
-            num_importance=self.cell.num_importance,
-            data=self.evaluation.images.name,
-            split=self.evaluation.experiment.config.eval.split,
-            split_size=len(self.evaluation.images),
-            trace=dataclasses.asdict(trace) if trace else None,
-            dequantizer_step=checkpoint.step if checkpoint else None,
-        )
+        return {
+            **dataclasses.asdict(self.cell),
+            "data": self.evaluation.images.name,
+            "split": self.evaluation.experiment.config.eval.split,
+            "split_size": len(self.evaluation.images),
+            "trace": dataclasses.asdict(trace) if trace else None,
+            "dequantizer_step": checkpoint.step if checkpoint else None,
+            **number.row(run.ids, "eval.ode."),
+        }
 
 
 def run_of(

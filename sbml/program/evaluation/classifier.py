@@ -16,9 +16,9 @@ from sbml.core.bits import LOG2
 from sbml.core.scalars import notation
 from sbml.density import Density
 from sbml.program.evaluation.cells import Evaluation
-from sbml.program.report.result import HALF_WIDTH
-from sbml.statistics.intervals import mean_interval
+from sbml.statistics.intervals import Interval, mean_interval
 
+Numbers = dict[str, Any]  # a float or an ``Interval``, by its name in the report
 GUESS = "accuracy of guessing the most frequent class"
 LOST = "images whose class is not known"
 SOLVER_ERROR = "solver's error of the bits/dim"
@@ -43,7 +43,7 @@ def why_none(evaluation: Evaluation) -> str:
     return ""
 
 
-def classify(evaluation: Evaluation) -> dict[str, float]:
+def classify(evaluation: Evaluation) -> Numbers:
     """Numbers of the classifier for ``eval.classifier_images`` images, by their names in the
     report; empty for a model without classes."""
     trained, config = evaluation.trained, evaluation.experiment.config.eval
@@ -54,11 +54,14 @@ def classify(evaluation: Evaluation) -> dict[str, float]:
     subset = max(4, len(ids) // 8)
     density = dataclasses.replace(trained.density(), batch_size=config.batch_size, subset=subset)
     given = density, evaluation.images.images[ids], labels[ids], seen
-    stored = evaluation.once("classifier", _numbers, *given)
-    return {name: float(value) for name, value in stored.items()}
+    stored = evaluation.once("posterior", _numbers, *given)
+    return {
+        name: Interval(*value[:3].tolist(), *map(int, value[3:])) if value.ndim else float(value)
+        for name, value in stored.items()
+    }
 
 
-def cautions(found: dict[str, float], budget: float) -> list[str]:
+def cautions(found: Numbers, budget: float) -> list[str]:
     """Warnings about the numbers of :func:`classify`, which may be empty; ``budget`` is the largest
     error of the solver in bits/dim that counts as converged."""
     if lost := found.get(LOST):
@@ -67,9 +70,9 @@ def cautions(found: dict[str, float], budget: float) -> list[str]:
             "whose class is not known: raise eval.ode.max_steps, or train the model longer"
         ]
     errors = [
-        abs(value) + found[f"{name}{HALF_WIDTH}"]
+        abs(value.mean) + value.ci95
         for name, value in found.items()
-        if name.startswith(SOLVER_ERROR) and not name.endswith(HALF_WIDTH)
+        if name.startswith(SOLVER_ERROR)
     ]
     warnings = []
     if not all(error <= budget for error in errors):  # NaN, of a solve that gave up, is no success.
@@ -78,28 +81,26 @@ def cautions(found: dict[str, float], budget: float) -> list[str]:
             f"{notation(np.max(errors), '.2g')}, not within eval.ode.solver_budget="
             f"{notation(budget)}: lower eval.ode.rtol and eval.ode.atol"
         )
-    if found and found["accuracy"] <= found[GUESS]:
+    if found and (accuracy := found["accuracy"].mean) <= found[GUESS]:
         warnings.append(
-            f"the classifier has an accuracy of {found['accuracy']:.3g}, and guessing the most "
-            f"frequent class has {found[GUESS]:.3g}: the model has not learned the classes, so "
+            f"the classifier has an accuracy of {accuracy:.3g}, and guessing the most frequent "
+            f"class has {found[GUESS]:.3g}: the model has not learned the classes, so "
             "train it longer, or classify more images (eval.classifier_images)"
         )
     return warnings
 
 
-def _numbers(
-    density: Density, pixels: np.ndarray, truth: np.ndarray, seen: np.ndarray
-) -> dict[str, float]:
+def _numbers(density: Density, pixels: np.ndarray, truth: np.ndarray, seen: np.ndarray) -> Numbers:
     """The numbers for ``pixels (n, *s)`` of the classes ``truth (n,)``; ``seen`` are the classes of
     the training images."""
     prior = np.bincount(seen) / len(seen)
     found = density.classify(pixels, np.arange(len(prior)), prior, progress=True)
     accuracy, score = found.accuracy(truth), found.log_score(truth)
-    numbers = {
+    numbers: Numbers = {
         "images": float(len(truth)),
-        **_with_interval("accuracy", accuracy),
+        "accuracy": accuracy,
         GUESS: float(prior.max()),
-        **_with_interval("-log p(c | k), nats", score),
+        "-log p(c | k), nats": score,
         "calibration error": found.calibration_error(truth),
     }
 
@@ -113,15 +114,11 @@ def _numbers(
     for name, of in (("of the mixture over classes", mixture), ("given the label", given)):
         values = of(found.log_prob, truth) / nats
         error = values[subset] - of(found.strict, truth[subset]) / nats
-        numbers |= _with_interval(f"bits/dim {name}", mean_interval(values))
-        numbers |= _with_interval(f"{SOLVER_ERROR} {name}", mean_interval(error))
+        numbers[f"bits/dim {name}"] = mean_interval(values)
+        numbers[f"{SOLVER_ERROR} {name}"] = mean_interval(error)
     return {
         **numbers,
         "error of the prior for one image, bits/dim": found.log_prob_prior / nats,
         "share of images whose class changes with a stricter solver or new draws": found.changed,
         LOST: float(len(found.lost)),
     }
-
-
-def _with_interval(name: str, number: Any) -> dict[str, float]:
-    return {name: number.mean, f"{name}{HALF_WIDTH}": number.ci95}

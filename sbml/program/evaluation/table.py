@@ -12,11 +12,12 @@ from sbml.density.estimate import Columns, Estimate
 from sbml.program.config import compatibility
 from sbml.program.evaluation import baselines, classifier
 from sbml.program.evaluation.cells import Dequantization, Evaluation, Run
-from sbml.program.report.result import Result
 from sbml.program.runtime.trees import table_crc32
 from sbml.program.runtime.versions import versions
 from sbml.program.runtime.workdir import PER_IMAGE
 from sbml.statistics.intervals import mean_interval
+
+CONTRADICTION = 0.1  # bits/dim by which the ODE may exceed the bound without a warning
 
 
 def columns(of: Evaluation, runs: Sequence[Run], numbers: Sequence[Estimate]) -> dict[str, Columns]:
@@ -44,7 +45,7 @@ def columns(of: Evaluation, runs: Sequence[Run], numbers: Sequence[Estimate]) ->
 
 def evaluation(
     of: Evaluation,
-    results: Sequence[Result],
+    results: Sequence[Mapping[str, Any]],
     tables: Mapping[str, Columns],
     warnings: Sequence[str],
 ) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def evaluation(
     split, classes = experiment.config.eval.split, restored.metadata.get("classes")
     return {
         "title": trained.workdir.name,
-        "results": [result.plain() for result in results],
+        "results": [*results],
         "baselines": [
             {"name": name, "bits_per_dim": i.mean, "ci95": i.ci95, "interval": list(i.bounds)}
             for name, i in intervals.items()
@@ -84,6 +85,32 @@ def evaluation(
         "command": shlex.join(["python", "-m", "sbml.main", *sys.argv[1:]]),
         "versions": versions(),
     }
+
+
+def contradictions(runs: Sequence[Run], numbers: Sequence[Estimate]) -> list[str]:
+    """Warnings about bounds that are far below the number by the ODE of the same images.
+
+    The bound is on the likelihood of the SDE, and the ODE has another one. With an accurate score
+    the two are nearly equal, and the bound is the larger number.
+    """
+    found = []
+    pairs = [*zip(runs, numbers, strict=True)]
+    for ode, by_ode in pairs:
+        for bound, bounded in pairs:
+            alike = (ode.cell.dequantizer, [*ode.measurement.ids])
+            if by_ode.solver is None or not bound.measurement.estimator.is_bound:
+                continue
+            if alike != (bound.cell.dequantizer, [*bound.measurement.ids]):
+                continue
+            gap = mean_interval(by_ode.values - bounded.values)
+            if gap.mean - gap.ci95 > CONTRADICTION:
+                found.append(
+                    f"{ode.cell.title} is {gap.mean:.3f} +- {gap.ci95:.3f} bits/dim above "
+                    f"{bound.cell.title}, which is a bound: the ODE and the SDE of this score have "
+                    "very different likelihoods, so the score is not accurate. Train longer, or "
+                    "report the bound"
+                )
+    return found
 
 
 def cautions(of: Evaluation, dequantizations: Mapping[str, Dequantization]) -> list[str]:

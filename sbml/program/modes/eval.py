@@ -14,9 +14,11 @@ from sbml.program.config.build import Experiment
 from sbml.program.config.trained import Trained
 from sbml.program.evaluation import classifier, levels, table
 from sbml.program.evaluation.cells import Evaluation, check_first_batch, run_of
-from sbml.program.report.result import strict, with_half_widths
+from sbml.program.report import result
+from sbml.program.report.result import strict
 from sbml.program.runtime.preemption import Preemption
 from sbml.program.runtime.workdir import EVALUATION, Workdir
+from sbml.statistics import intervals
 
 
 def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
@@ -60,14 +62,15 @@ def run(trained: Trained, preemption: Preemption) -> Workdir:
     for run in runs:
         numbers.append(run.finish())
         results.append(run.result(numbers[-1]))
-        print(results[-1].line)
+        print(result.line(results[-1]))
     profiled = next((run for run in runs if run.cell.kind.reducible), None)
     loss = levels.measure(profiled) if profiled and config.bound.level_images else None
     classified = classifier.classify(evaluation)
-    for name, text in with_half_widths(classified).items():
-        print(f"classifier: {name} {text}")
+    for name, value in classified.items():
+        print(f"classifier: {name} {intervals.cell(value)}")
     pairs = zip(runs, numbers, strict=True)
     found = [warning for run, number in pairs for warning in run.warnings(number)]
+    found += table.contradictions(runs, numbers)
     found += classifier.cautions(classified, config.ode.solver_budget)
     for warning in found:
         logging.warning(warning)

@@ -6,8 +6,7 @@ import jax
 
 from sbml.program.config import compatibility
 from sbml.program.config.build import Experiment
-from sbml.program.report import summary
-from sbml.program.report.result import Result
+from sbml.program.report import result, summary
 from sbml.program.runtime import metrics
 from sbml.program.runtime.workdir import EVALUATION, Workdir
 
@@ -37,8 +36,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     training = progress(owner, step, config.training.num_steps, loss, saved[-1] if saved else None)
     print(training["line"])
     if evaluated:
-        for result in workdir.read(EVALUATION)["results"]:
-            print(Result.read(result).line)
+        for row in result.read(workdir.read(EVALUATION)["results"]):
+            print(result.line(row))
     model = {"name": config.model.name, "parameters": experiment.parameter_count()}
     known = {"model": model, "config": experiment.config.plain(), "training": training}
     if names := (metadata or {}).get("classes"):

@@ -93,28 +93,19 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         found = of_rows.logp(test.values, progress=name)
         logp = {"model": found.values, **densities.log_p(baselines, test)}
         choices = [f"step {step} of {config.training.num_steps}", *(b.chosen for b in baselines)]
-        results: list[dict[str, Any]] = []
-        for (name, values), chosen in zip(logp.items(), choices, strict=True):
-            number = mean_interval(values) if results else found.population
-            result = {"name": name, "log_p": number.mean, "interval": list(number.bounds)}
-            if results:
-                gap = mean_interval(logp["model"] - values)
-                result |= {"difference": gap.mean, "difference_interval": list(gap.bounds)}
-            results.append({**result, "chosen": chosen})
-        assert found.prior_error and found.solver_error
-        results[0] |= {
-            "smallest_time": found.eps,
-            "prior_error": list(found.prior_error),
-            "converged": found.converged,
-            "this_set_ci95": found.this_set_ci95,
-            "solver_error": found.solver_error.mean,
-            "solver_error_ci95": found.solver_error.ci95,
-        }
+        results = [{"name": "model", **found.row(section="eval.ode.")}]
+        for name, values in list(logp.items())[1:]:
+            number, gap = mean_interval(values), mean_interval(logp["model"] - values)
+            row = {"name": name, "log_p": number.mean, "interval": [*number.bounds], "n": number.n}
+            row |= {"difference": gap.mean, "difference_interval": list(gap.bounds)}
+            results.append(row)
+        results = [{**row, "chosen": how} for row, how in zip(results, choices, strict=True)]
         best = max(results[1:], key=lambda result: result["log_p"])
         key = stream(jax.random.key(config.sampling.seed), "samples")
         samples = np.asarray(of_rows.sample(key, config.sampling.num_images))
         warnings = [test.caution] if test.caution else []
-        warnings += [f"log p of the model: {each}" for each in found.warnings("", test.ids)]
+        about = found.warnings("eval.ode.", test.ids)
+        warnings += [f"log p of the model: {each}" for each in about]
         if step == (steps := config.training.num_steps):
             warnings.append(
                 f"the last step, {step}, fits the validation rows best: train longer, with less "
@@ -130,8 +121,6 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
             "results": results,
             "unit": "nats per row, in the units of the file",
             "best_baseline": best["name"],
-            "converged": found.converged,
-            "nfe_mean": float(np.mean(found.nfe)),
             "rows": {"train": len(rows), "validation": len(validation), "test": len(test)},
             "columns": [
                 {"name": name, "transform": link or "none", "rounded_to": h}

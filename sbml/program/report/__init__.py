@@ -2,7 +2,7 @@
 
 Its files:
 
-    result          one number of an evaluation, with all that ``report.json`` has for it
+    result          a row of ``report.json``: its cell, its line, and its rows on the page
     page            report.json and report.html from values
     summary         the same from the files of a work directory
     comparison      comparison.html, from several work directories

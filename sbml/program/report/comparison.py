@@ -19,8 +19,7 @@ from datetime import timedelta
 import numpy as np
 
 from sbml.core.types import Json
-from sbml.program.report import page, plots, summary
-from sbml.program.report.result import Result
+from sbml.program.report import page, plots, result, summary
 from sbml.program.runtime import metrics
 from sbml.program.runtime.workdir import EVALUATION, Workdir
 from sbml.statistics.intervals import mean_interval
@@ -56,7 +55,7 @@ class Run:
 
     name: str
     evaluation: Json
-    results: Mapping[str, Result]
+    results: Mapping[str, Json]
     bits: Mapping[str, tuple[np.ndarray, np.ndarray]]
     seconds: float | None
     samples: np.ndarray | None
@@ -66,12 +65,12 @@ class Run:
     def read(cls, workdir: Workdir, name: str = "") -> "Run":
         """The run of ``workdir``, with the name of its folder if ``name`` is empty."""
         evaluation = workdir.read(EVALUATION)
-        results = {r.name: r for r in map(Result.read, evaluation["results"])}
+        results = {result.cell(r).title: r for r in result.read(evaluation["results"])}
         shared = summary.table_of(workdir, evaluation)
         bits = {}
-        for number, result in results.items():
-            column = f"{result.column}_bits_per_dim"
-            own = f"per_image_{result.column}.npz"
+        for number, row in results.items():
+            cell = result.cell(row).name
+            column, own = f"{cell}_bits_per_dim", f"per_image_{cell}.npz"
             table = shared if column in shared else summary.table_of(workdir, evaluation, own)
             bits[number] = table["id"], table[column]
         step = evaluation["checkpoint"]["step"]
@@ -143,7 +142,7 @@ def compare(runs: Sequence[Run]) -> Json:
 
     def row(run: Run, name: str) -> Json:
         shown = ("bits_per_dim", "interval", "n", "smallest_time", "nfe_mean", "converged")
-        found = {"run": run.name, **{key: getattr(run.results[name], key) for key in shown}}
+        found = {"run": run.name, **{key: run.results[name].get(key) for key in shown}}
         if run is not first:
             (ids, bits), (first_ids, first_bits) = run.bits[name], first.bits[name]
             common, here, there = np.intersect1d(ids, first_ids, return_indices=True)
@@ -198,7 +197,7 @@ def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 def render(runs: Sequence[Run], numbers: Json) -> str:
     """The page, one HTML file that opens offline; ``numbers`` are from :func:`compare`."""
-    titles = {n: page.label(vars(r)) for run in runs for n, r in run.results.items()}
+    titles = {n: page.label(r) for run in runs for n, r in run.results.items()}
     lacking = {
         name: [titles.get(part, part) for part in parts]
         for name, parts in numbers["lacking"].items()

@@ -27,8 +27,9 @@ from sbml.core.scalars import notation
 from sbml.core.types import Json
 from sbml.density.estimators import Cell
 from sbml.program.report import pictures, plots
-from sbml.program.report.result import ROWS, strict, with_half_widths
-from sbml.statistics.intervals import HEAVY
+from sbml.program.report.result import KIND, ROWS, read, strict
+from sbml.statistics import intervals
+from sbml.statistics.intervals import HEAVY, Interval
 
 DOCS = "https://sbml-jax.github.io/sbml/latest/"
 # The sections of the documentation that explain the terms of a number.
@@ -37,7 +38,6 @@ PAGE_WIDTH = 1056  # pixels, as in report.css
 STRIP_IMAGES, SAMPLE_COLUMNS, SAMPLE_ROWS = 10, 16, 8
 PIXEL_BUDGET = 150_000  # bytes before compression, for each strip and half the sample grid
 
-KIND = ("estimator", "dequantizer", "num_importance")  # what :func:`label` names
 # The names of the estimators on the page: in headings, and in the headline.
 ESTIMATORS = {"ode": ("ODE", "probability-flow ODE"), "bound": ("bound", "evidence bound")}
 DETAILS = {"data": "Data fingerprints", "config": "Configuration"}
@@ -149,7 +149,7 @@ def write(
             if samples is None
             else _samples(samples, levels, report.get("classes", [])),
             quality=report.get("quality", {}),
-            classifier=with_half_widths(report.get("classifier", {}), "± "),
+            classifier=_cells(read(report.get("classifier", {}))),
             codec=report.get("codec"),
             pictures=[{"png": data_url(png), "alt": caption} for caption, png in pictures],
             command=report.get("command"),
@@ -217,6 +217,12 @@ def _evaluation(
         "best": best_images,
         "worst": worst_images,
     }
+
+
+def _cells(numbers: Json) -> dict[str, str]:
+    """The ``numbers`` by name as text, those that are intervals with "±"."""
+    values = {n: Interval(**v) if isinstance(v, dict) else v for n, v in numbers.items()}
+    return {name: intervals.cell(value, "± ") for name, value in values.items()}
 
 
 def environment() -> jinja2.Environment:
@@ -295,12 +301,13 @@ def label(result: Json, whole: bool = False) -> str:
     return ", ".join(filter(None, words)) or "result"
 
 
-def verdict(result: Json) -> tuple[str, bool]:
+def verdict(result: Json, examples: str = "images") -> tuple[str, bool]:
     """What is known of how far a number can be trusted, in words, and whether all of it is good."""
     n, lost, k, far = (result.get(key) for key in ("n", "nonfinite", "tail", "outliers"))
     found = [("converged", "NOT CONVERGED", result.get("converged"))]
     if lost is not None:
-        found.append((f"all {n:,} images finite", f"{lost:,} of {n:,} images NOT FINITE", not lost))
+        all_of = f"{n:,} {examples}"
+        found.append((f"all {all_of} finite", f"{lost:,} of {all_of} NOT FINITE", not lost))
     if k is not None:  # a number, or the text "Infinity"
         found.append(("no heavy tail", f"HEAVY TAIL, Pareto's k {float(k):.2f}", float(k) <= HEAVY))
     if far is not None:

@@ -24,8 +24,7 @@ from absl import logging
 
 from sbml.core.files import read_png
 from sbml.data import ImageSet
-from sbml.program.report import page
-from sbml.program.report.result import Result
+from sbml.program.report import page, result
 from sbml.program.runtime import history, metrics
 from sbml.program.runtime.trees import table_crc32, tree_crc32
 from sbml.program.runtime.workdir import (
@@ -65,7 +64,7 @@ def write(
     table, images = None, None
     if workdir.has(EVALUATION):
         stored = workdir.read(EVALUATION)
-        split = [Result.read(row) for row in stored["results"]][0].split
+        split = stored["results"][0]["split"]
         evaluated = stored["data"].get(split)
         try:
             images = load(split)
@@ -225,13 +224,14 @@ def gap_of(workdir: Workdir, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     if other["checkpoint"] != evaluation["checkpoint"]:
         logging.warning("%s is of another checkpoint: left out", folder / EVALUATION)
         return found
-    trained = {(r.name, r.smallest_time): r for r in map(Result.read, other["results"])}
-    for result in map(Result.read, evaluation["results"]):
-        if (same := trained.get((result.name, result.smallest_time))) is not None:
-            gap = difference(result.population, same.population)
-            row = {name: getattr(result, name) for name in page.KIND}
-            row |= {"held_out": result.bits_per_dim, "held_out_images": result.n}
-            row |= {"train": same.bits_per_dim, "train_images": same.n}
+    same_as = (*result.KIND, "smallest_time")
+    trained = {tuple(r[name] for name in same_as): r for r in result.read(other["results"])}
+    for own in result.read(evaluation["results"]):
+        if (same := trained.get(tuple(own[name] for name in same_as))) is not None:
+            gap = difference(result.population(own), result.population(same))
+            row = {name: own[name] for name in result.KIND}
+            row |= {"held_out": own["bits_per_dim"], "held_out_images": own["n"]}
+            row |= {"train": same["bits_per_dim"], "train_images": same["n"]}
             found["rows"].append({**row, "gap": gap.mean, "interval": list(gap.bounds)})
     return found
 

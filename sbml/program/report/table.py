@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from sbml.core.scalars import notation
-from sbml.likelihood import PriorError
-from sbml.program.report import page, plots
+from sbml.program.report import page, plots, result
 
+UNIT = "nats per row"
 MARGINALS, PAIRS = 24, 4  # the largest numbers of figures
 
 
@@ -28,7 +27,7 @@ def verdict(best: Mapping[str, Any]) -> str:
             f"The model cannot be compared with the best baseline, {name}: log p of some rows is "
             "not finite."
         )
-    gap = f"{abs(best['difference']):.3f} nats per row"
+    gap = f"{abs(best['difference']):.3f} {UNIT}"
     said = f"95% interval of the difference {low:+z.3f} to {high:+z.3f}"
     if low > 0:
         return f"The model beats the best baseline, {name}, by {gap} ({said})."
@@ -41,23 +40,14 @@ def verdict(best: Mapping[str, Any]) -> str:
     )
 
 
-def line(result: Mapping[str, Any]) -> str:
-    """A result in one line. For the model it has the smallest time, and the prior's error below."""
-    low, high = result["interval"]
-    at = f" at t={notation(result['smallest_time'], '.3g')}" if "smallest_time" in result else ""
-    prior = PriorError(*result["prior_error"]).line("nats") if "prior_error" in result else ""
-    text = (
-        f"{result['name']}: log p {result['log_p']:z.4f} nats per row{at} [{low:z.4f}, {high:z.4f}]"
-    )
-    if "this_set_ci95" in result:
-        text += f", for these rows +-{result['this_set_ci95']:.4f}"
-    if result.get("converged") is False:
-        text += " NOT CONVERGED"
-    if "difference" in result:
-        low, high = result["difference_interval"]
-        text += f", model minus {result['name']} {result['difference']:+z.4f}"
-        text += f" [{low:+z.4f}, {high:+z.4f}]"
-    return f"{text}, {result['chosen']}{prior}"
+def line(row: Mapping[str, Any]) -> str:
+    """A result in one line, with its difference from the model. The prior's error is below."""
+    after = ""
+    if "difference" in row:
+        low, high = row["difference_interval"]
+        after = f", model minus {row['name']} {row['difference']:+z.4f} [{low:+z.4f}, {high:+z.4f}]"
+    words = result.said({**row}, UNIT, "rows", after=f"{after}, {row['chosen']}")
+    return f"{row['name']}: log p {words}"
 
 
 def render(
@@ -109,9 +99,8 @@ def render(
         .render(
             **content,
             model=content["results"][0],
-            comparison=page.rows_figure(
-                "Comparison", shown, "nats per row, higher is better", caption
-            ),
+            verdict_of_model=page.verdict(content["results"][0], "rows"),
+            comparison=page.rows_figure("Comparison", shown, f"{UNIT}, higher is better", caption),
             validation_figure=page.figure(
                 "Validation",
                 partial(_validation, curve=content["validation"]),

@@ -2,7 +2,7 @@
 
 Orbax writes a checkpoint into a temporary folder and renames the folder when it is complete. So an
 interrupted save is never taken for a checkpoint. But Orbax does not notice bytes that change later.
-Therefore each checkpoint has a *manifest*, which Orbax stores as its metadata: the step, the path,
+Therefore each checkpoint has a *manifest*, which Orbax stores as its metadata: format, step, path,
 shape, dtype and CRC32 of every leaf of the state, the user's metadata, and a CRC32 of all that.
 Reading a checkpoint checks
 
@@ -47,6 +47,7 @@ from sbml.program.runtime.peers import LostProcessError
 from sbml.program.runtime.trees import leaf_crc32
 
 Template = Callable[[Json], PyTree]
+FORMAT = 1  # the number of the form that checkpoints and their metadata have
 OVERHEAD = 2**20  # bytes for the names, shapes and checksums of a checkpoint's arrays
 
 
@@ -55,7 +56,7 @@ class DamagedCheckpointError(RuntimeError):
 
 
 class OtherModelError(ValueError):
-    """A checkpoint that is not of the model that reads it."""
+    """A checkpoint that is not of the model, or not of the format, that is read."""
 
 
 class Restored(NamedTuple):
@@ -148,7 +149,9 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 return _manifest(self.directory / str(step))["metadata"]
-            except Exception as error:  # Any error means that the bytes could not be read.
+            except OtherModelError:
+                raise
+            except Exception as error:  # Any other error: the bytes could not be read.
                 if step not in self.steps():
                     return self.metadata()
                 logging.error("Damaged checkpoint %s/%d: %s", self.directory, step, error)
@@ -179,7 +182,8 @@ class Checkpoints:
           UnsavedCheckpointError: the first save cannot begin, although the disk is not full.
         """
         crc32s = [leaf_crc32(leaf) for leaf in jax.tree.leaves(state)]
-        body = {"step": step, "leaves": _leaves(state), "crc32s": crc32s, "metadata": metadata}
+        body = {"format": FORMAT, "step": step, "leaves": _leaves(state), "crc32s": crc32s}
+        body["metadata"] = metadata
         body = json.loads(json.dumps(body, allow_nan=False))
         content = {"manifest": body, "crc32": _text_crc32(body)}
         self._end_save()
@@ -416,7 +420,12 @@ def _manifest(path: epath.Path) -> Json:
         raise DamagedCheckpointError("its metadata holds no manifest")
     if _text_crc32(manifest["manifest"]) != manifest["crc32"]:
         raise DamagedCheckpointError("its metadata fails its CRC32")
-    if str(saved := manifest["manifest"].get("step")) != path.name:
+    if (found := manifest["manifest"].get("format")) != FORMAT:
+        raise OtherModelError(
+            f"{path} has the format {found}, and this version of sbml reads the format {FORMAT}: "
+            "install the version that wrote it, or train again in a new folder"
+        )
+    if str(saved := manifest["manifest"]["step"]) != path.name:
         raise DamagedCheckpointError(f"it was saved as step {saved}: rename its folder to {saved}")
     return manifest["manifest"]
 

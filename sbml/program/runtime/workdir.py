@@ -79,6 +79,18 @@ def _form(holds: Mapping[str, Any]) -> type[pydantic.BaseModel]:
 Number: Any = float | Literal["NaN", "Infinity", "-Infinity"]  # ``report.result.strict``
 _Curve: Any = list[Number]
 _Baseline: Any = _form({"name": str, "bits_per_dim": Number, "ci95?": Number, "interval?": _Curve})
+_Interval: Any = _form(
+    dict.fromkeys(("mean", "stderr", "ci95"), Number) | dict.fromkeys(("n", "nonfinite"), int)
+)
+_Result: Any = _form(
+    dict.fromkeys(("estimator", "dequantizer", "data", "split"), str)
+    | dict.fromkeys(("num_importance", "n", "nonfinite", "nfe_max"), int)
+    | dict.fromkeys(("bits_per_dim", "stderr", "ci95", "this_set_ci95"), Number)
+    | dict.fromkeys(("smallest_time", "nfe_mean", "min", "max"), Number)
+    | {"interval": _Curve, "terms": dict[str, Number], "outliers": list[list[Number]]}
+    | {"converged?": bool, "unconverged?": str}
+    | dict.fromkeys(("tail?", "prior_error?", "prior_error_each?"), Number)
+)
 _Data: Any = _form(
     {"shape": list[int], **dict.fromkeys(("name", "split", "id"), str)}
     | dict.fromkeys(("count", "levels"), int)
@@ -87,7 +99,7 @@ _Data: Any = _form(
 FORMS: dict[str, Any] = {
     EVALUATION: _form(
         {
-            "results": Annotated[list[dict[str, Any]], MinLen(1)],
+            "results": Annotated[list[_Result], MinLen(1)],
             "warnings": list[str],
             "checkpoint": _form({"step": int, "parameters_crc32": int}),
             "data": dict[str, _Data],
@@ -100,7 +112,7 @@ FORMS: dict[str, Any] = {
             ),
             "baselines?": list[_Baseline],
             "baselines_left_out?": dict[str, str],
-            "classifier?": dict[str, Number],
+            "classifier?": dict[str, Number | _Interval],
             "classes?": list[str],
             "tables?": dict[str, int],
             "title?": str,

@@ -28,7 +28,7 @@ import numpy as np
 import sbml
 from sbml.core.bits import LOG2
 from sbml.core.types import Array
-from sbml.density import _walk
+from sbml.density.density import _walk
 from sbml.density.posterior import Importance
 from sbml.likelihood.ode import Solver
 from sbml.samplers import DDIM, ODE, Chain, Midpoint

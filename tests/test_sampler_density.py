@@ -127,10 +127,13 @@ def check_map(name: str, family: str, d: int, n: int) -> None:
         def draw(z: Array, score: Any = score) -> Any:
             return sampler.sample_logp(score, sde, z, eps=EPS)
 
+        def at(x: Array, score: Any = score) -> Any:
+            return sampler.logp(score, sde, x, eps=EPS)
+
         with jax.enable_x64(dtype == jnp.float64):
             x, found = jax.jit(jax.vmap(draw))(jnp.asarray(np.asarray(z), dtype))
             given = jnp.asarray(np.linspace(-1, 1, 2 * d).reshape(2, d), dtype)
-            of_given = jax.jit(jax.vmap(lambda x: sampler.logp(score, sde, x, eps=EPS)))(given)
+            of_given = jax.jit(jax.vmap(at))(given)
         exact = Reference(sde, gaussian(sde, mean, variances))
         expected = exact.logp_of_affine(sampler, np.asarray(given, float), EPS)
         np.testing.assert_allclose(of_given.logp, expected, atol=atol)
@@ -224,6 +227,26 @@ def test_weights_of_a_sampler_and_its_gap() -> None:
     assert abs(found.log_z.mean - 3) < 1.5 * found.log_z.ci95 < 0.03
     assert found.effective > 900 and found.solver_error.mean == 0
     assert found.evaluations == 20 and "20 evaluations for a sample" in str(found)
+
+
+def test_a_target_that_the_sampler_covers_is_not_marked() -> None:
+    """DDIM makes N(0, v I) of the model N(0, I), with v < 1. For a target of sd .6 the weights by
+    v have light tails, and those by 1 in the place of v do not."""
+    sde, sampler = VP(), DDIM(10)
+    times = sampler.times(sde, EPS)
+    alpha, sigma = (np.asarray(f(times)) for f in (sde.mean_coef, sde.std))
+    ratio = sigma[1:] / sigma[:-1]
+    sd = np.prod(ratio + (alpha[1:] - alpha[:-1] * ratio) * alpha[:-1])
+    d = sbml.Density(lambda x, t, key: -x, sde, (2,), eps=EPS)
+    x = np.linspace(-2, 2, 6).reshape(3, 2)
+    expected = stats.norm(scale=sd).logpdf(x).sum(axis=1)
+    np.testing.assert_allclose(
+        d._log_prob(jnp.asarray(x), None, None, sampler), expected, rtol=1e-6
+    )
+    found = d.importance(KEY, 200, lambda x: -jnp.sum(x**2) / (2 * 0.6**2), sampler=sampler)
+    assert 0.7 < sd < 0.85 and "HEAVY TAILS" not in str(found)
+    truth = np.log(2 * np.pi * 0.6**2)
+    assert abs(found.log_z.mean - truth) < 1.5 * found.log_z.ci95
 
 
 @pytest.mark.slow
@@ -413,7 +436,7 @@ class Own(FixedSteps):
             r"path of Ancestral\(steps=3",
         ),
         (
-            lambda d: euler(lambda x: -50 * jnp.tanh(x)).sample_and_log_prob(
+            lambda d: euler(lambda x: -50 * jnp.tanh(3 * x)).sample_and_log_prob(
                 KEY, 20, sampler=EULER
             ),
             "density of 20 samples is not known: step 1 of 1 of ODE folds space",

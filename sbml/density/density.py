@@ -588,8 +588,8 @@ class Density:
 
         Draws of the target show what the samples miss (``sbml.posterior``). There are up to four
         times ``subset`` of them, and each takes 100 evaluations of u and one of log p. For a
-        ``sampler`` this log p takes the inverse of its steps; a draw that is no image of them counts
-        as missed.
+        ``sampler`` this log p takes the inverse of its steps; a draw without an inverse counts as
+        missed.
 
         Args:
           key: for the samples.

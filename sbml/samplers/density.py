@@ -12,7 +12,7 @@ determinant of 0, folds space, and the density is not known. Of a step with one 
 :func:`check_folds` knows:
 
     affine        its Jacobian J is the same at all samples, so it is injective
-    no fold seen  v^T J v > 0 for all v != 0 at all samples; if this is true at all y, it is injective
+    no fold seen  v^T J v > 0 for all v != 0 at all samples; if so at all y, it is injective
     may fold      all others: J turns a direction by 90 degrees or more, which needs no fold
 
 The inverse of a chain gives the density of a sampler at any x (:meth:`Chain.logp`). Each step is

@@ -149,8 +149,8 @@ MISTAKES = (
     Mistake(
         "sample_and_log_prob: sign of the transform",
         "sbml/density/density.py",
-        "return y, jnp.asarray(logp + log_det, logp.dtype)",
-        "return y, jnp.asarray(logp - log_det, logp.dtype)",
+        "return y, jnp.asarray(found + log_det, found.dtype)",
+        "return y, jnp.asarray(found - log_det, found.dtype)",
         ("test_distribution.py::test_a_change_of_variables_keeps_the_mass",),
     ),
     Mistake(

@@ -1,11 +1,17 @@
 """How many steps of a sampler are enough? The table of docs/benchmarks/sampler_density.md.
 
 python benchmarks/sampler_density.py [--workdir=runs/digits_vp]
+python benchmarks/sampler_density.py --coverage
 
 For mixtures of four Gaussians of standard deviation .5 with their exact score, and with --workdir
 for the model of a run: the effective sample size of the weights p / p_N, the KL divergence of the
 sampler's density p_N from that of the ODE, and the time for samples with their log p, divided by
 that of the ODE at the default of ``Density``.
+
+With --coverage: can the mark HEAVY TAILS of importance weights be trusted? For the model N(0, I) by
+ten steps of DDIM, whose density is N(0, .787^2 I), and by the ODE, and for targets N(0, s^2 I), it
+prints in how many of ``RUNS`` runs the result is marked, and how often log Z's interval contains
+log Z = 0. The steps of a run are those of ``Density.importance``; all runs are computed at once.
 """
 
 import argparse
@@ -22,12 +28,16 @@ import numpy as np
 import sbml
 from sbml.core.bits import LOG2
 from sbml.core.types import Array
+from sbml.density.density import _walk
+from sbml.density.posterior import Importance
 from sbml.likelihood.ode import Solver
 from sbml.samplers import DDIM, ODE, Chain, Midpoint
 
 SAMPLES = 1000  # of a mixture
 OF_MODEL, TIMED = 64, 16  # of the model of a run, which takes longer
 EVALUATIONS = (10, 20, 40)
+RUNS, EACH, TARGETS = 200, 200, 128  # runs, their samples, and draws of the target for each
+WIDTHS = (0.5, 0.7, 1.0, 1.2, 1.6, 2.0, 3.0)  # standard deviations of the target
 SAMPLERS: dict[str, Callable[[int], Chain]] = {
     "DDIM": lambda n: DDIM(n),
     "midpoint": lambda n: Midpoint(n // 2),
@@ -81,19 +91,65 @@ def table(name: str, density: sbml.Density, n: int, timed: int, unit: float) -> 
             )
 
 
+def coverage(d: int, sampler: Chain | None) -> None:
+    """Print the rows of a sampler, or of the ODE, in ``d`` dimensions."""
+    density = sbml.Density(lambda x, t, key: -x, sbml.VP(), (d,), eps=1e-3, batch_size=4096)
+    keys = jax.random.split(jax.random.key(d), 3)
+    x, logp = density.sample_and_log_prob(keys[0], RUNS * EACH, sampler=sampler)
+    step = 2.4 / d**0.5 * jnp.std(x, axis=0)
+    first = x.reshape(RUNS, EACH, d)[:, :TARGETS].reshape(-1, d)
+    walks = jax.random.split(keys[1], len(first))
+
+    @jax.jit
+    def drawn(std: Array) -> tuple[Array, Array, Array]:
+        def u(x: Array) -> Array:
+            return jax.scipy.stats.norm.logpdf(x, 0, std).sum()
+
+        return jax.vmap(u)(x), *jax.vmap(lambda *start: _walk(u, step, start))(first, walks)
+
+    for std in WIDTHS:
+        u, y, u_y = drawn(jnp.asarray(std))
+        weights = np.asarray(u - logp, float).reshape(RUNS, EACH)
+        of_target = np.asarray(u_y - density._log_prob(y, None, None, sampler), float)
+        found = [
+            Importance.of(np.zeros((EACH, d)), *row)
+            for row in zip(
+                weights, np.zeros((RUNS, 1)), of_target.reshape(RUNS, TARGETS), strict=True
+            )
+        ]
+        marked = np.array([each.heavy_tailed for each in found])
+        right = np.array([abs(each.log_z.mean) <= each.log_z.ci95 for each in found])
+        unmarked = f"{right[~marked].mean():.2f}" if not marked.all() else ""
+        name = "ODE" if sampler is None else "DDIM, 10 steps"
+        print(
+            f"| {d} | {name} | {std:g} | {marked.mean():.0%} | {unmarked} | {right.mean():.2f} |",
+            flush=True,
+        )
+
+
 def main() -> None:
-    """Print the table."""
+    """Print a table."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--coverage", action="store_true", help="the table of importance weights")
     parser.add_argument("--workdir", help="folder of a run whose model has at most 100 dimensions")
-    workdir = parser.parse_args().workdir
+    args = parser.parse_args()
+    if args.coverage:
+        print(
+            "| d | samples by | target's sd | marked | coverage, unmarked | coverage, all |\n"
+            "|---:|---|---:|---:|---:|---:|"
+        )
+        for d in (2, 16):
+            for sampler in (DDIM(10), None):
+                coverage(d, sampler)
+        return
     print(
         "| density | sampler | evaluations | ESS / n | KL | time |\n|---|---|---:|---:|---:|---:|"
     )
     for d in (2, 16, 64):
         table(f"mixture, d = {d}", mixture(d), SAMPLES, SAMPLES, 1.0)
-    if workdir:
+    if args.workdir:
         # With the exact trace, which is Density's default in 64 dimensions, and not the run's.
-        density = dataclasses.replace(sbml.load(workdir), eps=1e-3, trace=None)
+        density = dataclasses.replace(sbml.load(args.workdir), eps=1e-3, trace=None)
         table("digits, bits/dim", density, OF_MODEL, TIMED, density.dims * LOG2)
 
 

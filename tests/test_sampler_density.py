@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from typing import Any
 
 import jax
@@ -126,12 +127,17 @@ def check_map(name: str, family: str, d: int, n: int) -> None:
         def draw(z: Array, score: Any = score) -> Any:
             return sampler.sample_logp(score, sde, z, eps=EPS)
 
+        def at(x: Array, score: Any = score) -> Any:
+            return sampler.logp(score, sde, x, eps=EPS)
+
         with jax.enable_x64(dtype == jnp.float64):
             x, found = jax.jit(jax.vmap(draw))(jnp.asarray(np.asarray(z), dtype))
+            given = jnp.asarray(np.linspace(-1, 1, 2 * d).reshape(2, d), dtype)
+            of_given = jax.jit(jax.vmap(at))(given)
         exact = Reference(sde, gaussian(sde, mean, variances))
+        expected = exact.logp_of_affine(sampler, np.asarray(given, float), EPS)
+        np.testing.assert_allclose(of_given.logp, expected, atol=atol)
         expected = exact.logp_of_affine(sampler, np.asarray(x, float), EPS)
-        if name == "ode":  # A long step of Heun's method can fold.
-            expected = np.where(found.folds, np.nan, expected)
         np.testing.assert_allclose(found.logp, expected, atol=atol)
 
 
@@ -221,6 +227,26 @@ def test_weights_of_a_sampler_and_its_gap() -> None:
     assert abs(found.log_z.mean - 3) < 1.5 * found.log_z.ci95 < 0.03
     assert found.effective > 900 and found.solver_error.mean == 0
     assert found.evaluations == 20 and "20 evaluations for a sample" in str(found)
+
+
+def test_a_target_that_the_sampler_covers_is_not_marked() -> None:
+    """DDIM makes N(0, v I) of the model N(0, I), with v < 1. For a target of sd .6 the weights by
+    v have light tails, and those by 1 in the place of v do not."""
+    sde, sampler = VP(), DDIM(10)
+    times = sampler.times(sde, EPS)
+    alpha, sigma = (np.asarray(f(times)) for f in (sde.mean_coef, sde.std))
+    ratio = sigma[1:] / sigma[:-1]
+    sd = np.prod(ratio + (alpha[1:] - alpha[:-1] * ratio) * alpha[:-1])
+    d = sbml.Density(lambda x, t, key: -x, sde, (2,), eps=EPS)
+    x = np.linspace(-2, 2, 6).reshape(3, 2)
+    expected = stats.norm(scale=sd).logpdf(x).sum(axis=1)
+    np.testing.assert_allclose(
+        d._log_prob(jnp.asarray(x), None, None, sampler), expected, rtol=1e-6
+    )
+    found = d.importance(KEY, 200, lambda x: -jnp.sum(x**2) / (2 * 0.6**2), sampler=sampler)
+    assert 0.7 < sd < 0.85 and "HEAVY TAILS" not in str(found)
+    truth = np.log(2 * np.pi * 0.6**2)
+    assert abs(found.log_z.mean - truth) < 1.5 * found.log_z.ci95
 
 
 @pytest.mark.slow
@@ -322,6 +348,35 @@ class Quiet(DDIM):
         return Transition(mean, jnp.where(t == EPS, 0.0, std))
 
 
+EULER = ODE(Solver("euler", fixed_steps=1))
+
+
+def euler(score: Any) -> sbml.Density:
+    """For one step x + h g^2 score(x) / 2 + ..., which is long."""
+    return sbml.Density(lambda x, t, key: score(x), VP(), (2,), eps=EPS)
+
+
+@pytest.mark.parametrize("matrix", [[[-50, 0], [0, -60]], [[-1, 0], [0, -50]], [[0, 9], [-9, 0]]])
+@pytest.mark.usefixtures("unchecked")
+def test_an_affine_step_has_a_density_whatever_it_turns(matrix: Any) -> None:
+    """A step of Euler's method in sqrt(t) that changes the sign of both axes, of one, or turns."""
+    a, h, (g, f) = np.asarray(matrix, float), 1 - EPS**0.5, (20**0.5, -10)
+    jacobian = np.eye(2) - 2 * h * (f * np.eye(2) - 0.5 * g**2 * a)
+    with warnings.catch_warnings(action="error"):
+        d = euler(lambda x: jnp.asarray(a) @ x)
+        x, logp = d.sample_and_log_prob(KEY, 3, sampler=EULER)
+    z = np.linalg.solve(jacobian, np.asarray(x).T)
+    expected = stats.norm.logpdf(z).sum(axis=0) - np.log(abs(np.linalg.det(jacobian)))
+    np.testing.assert_allclose(logp, expected, rtol=1e-9)
+    np.testing.assert_allclose(d._log_prob(x, None, None, EULER), expected, rtol=1e-9)
+
+
+def test_a_step_that_turns_and_is_not_affine_may_fold() -> None:
+    """Both axes change their sign, and no determinant does."""
+    with pytest.warns(UserWarning, match="step 1 of 1 of ODE may fold space.*at 5 of 5 samples"):
+        euler(lambda x: -50 * x - jnp.tanh(x)).sample_and_log_prob(KEY, 5, sampler=EULER)
+
+
 def path_of(d: sbml.Density) -> Path:
     return d.sample_path(KEY, 2, sampler=Ancestral(3))[0]
 
@@ -381,12 +436,14 @@ class Own(FixedSteps):
             r"path of Ancestral\(steps=3",
         ),
         (
-            # Euler's step has the slope 1 - h g^2 c / 2, which is negative for a large c. In two
-            # dimensions, its determinant is positive.
-            lambda d: sbml.Density(lambda x, t, key: -50 * x, VP(), (2,)).sample_and_log_prob(
-                KEY, 2, sampler=ODE(Solver("euler", fixed_steps=1))
+            lambda d: euler(lambda x: -50 * jnp.tanh(3 * x)).sample_and_log_prob(
+                KEY, 20, sampler=EULER
             ),
-            "density of 2 of 2 samples is not known: a step of ODE.*folds space",
+            "density of 20 samples is not known: step 1 of 1 of ODE folds space",
+        ),
+        (
+            lambda d: euler(lambda x: x[::-1] * jnp.inf).sample_and_log_prob(KEY, 2, sampler=EULER),
+            "or is not finite.*0 or not finite at 2",
         ),
     ],
 )

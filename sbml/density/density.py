@@ -84,6 +84,7 @@ from sbml.likelihood import ode
 from sbml.likelihood.bound import GaussianControl, Reduction, pilot
 from sbml.likelihood.ode import Solver
 from sbml.samplers import Chain, Path, PathLogProb
+from sbml.samplers.density import check_folds
 from sbml.score import Foreign, NetworkScore
 from sbml.score.divergence import Trace, exact_batch
 from sbml.sdes import SDE
@@ -231,12 +232,19 @@ class Density:
         count = x.ndim - len(self.shape)
         if count < 0 or x.shape[count:] != self.shape:
             raise ValueError(f"x has shape {x.shape}: give (..., {str(self.shape)[1:-1]})")
-        batch = x.shape[:count]
+        return self._log_prob(x, key, condition)
+
+    def _log_prob(
+        self, x: Array, key: Key | None, condition: Any, sampler: Chain | None = None
+    ) -> Array:
+        """log p of the ODE or of what a ``sampler`` draws, ``(*b)``, of ``x (*b, *shape)``."""
+        batch = x.shape[: x.ndim - len(self.shape)]
         y = x.reshape(-1, *self.shape)
         z, log_det = transforms.exactly(transforms.inverse, self.transform, y)
         conditions = self._conditions(condition, batch)
         keys = None if key is None else jax.random.split(key, len(y))
-        logp = self._each(_log_prob, (jnp.asarray(z, jnp.result_type(float)), keys), conditions)
+        rows = jnp.asarray(z, jnp.result_type(float)), keys
+        logp = self._each(_log_prob, rows, conditions, sampler=sampler)
         return jnp.asarray(logp + log_det, logp.dtype).reshape(batch)
 
     @checked
@@ -288,8 +296,9 @@ class Density:
 
         Raises:
           ValueError: the sampler has no such density, there are more dimensions, or a step of the
-            sampler folds space, so that the density is not known. In your own ``jit``, the last
-            error arrives as JAX's ``JaxRuntimeError``, which contains the message.
+            sampler folds space, so that the density is not known. If a step may fold, there is a
+            warning. In your own ``jit``, the last error arrives as JAX's ``JaxRuntimeError``,
+            which contains the message.
         """
         conditions, keys = self._conditions(condition, (n,)), jax.random.split(key, n)
         if sampler is not None and self.dims > max_dims:
@@ -297,12 +306,12 @@ class Density:
                 f"{self.dims} dimensions with a sampler: each evaluation of the score would cost "
                 f"as much as {self.dims + 1}; if that is meant, give max_dims={self.dims}"
             )
-        x, logp = self._each(_sample_and_log_prob, (keys,), conditions, sampler=sampler)
+        x, found = self._each(_sample_and_log_prob, (keys,), conditions, sampler=sampler)
         if sampler is not None:
-            check = functools.partial(_check_folds, n, sampler)
-            pytrees.when_known(check, jnp.sum(jnp.isnan(logp)))
+            check_folds(sampler, found)
+            found = found.logp
         y, log_det = self._data(x)
-        return y, jnp.asarray(logp + log_det, logp.dtype)
+        return y, jnp.asarray(found + log_det, found.dtype)
 
     @checked
     def sample_path(
@@ -578,7 +587,9 @@ class Density:
         """Samples with weights exp(u(x)) / p(x) for the density exp(u(x)) / Z, and log Z.
 
         Draws of the target show what the samples miss (``sbml.posterior``). There are up to four
-        times ``subset`` of them, and each takes 100 evaluations of u and one of log p.
+        times ``subset`` of them, and each takes 100 evaluations of u and one of log p. For a
+        ``sampler`` this log p takes the inverse of its steps; a draw without an inverse counts as
+        missed.
 
         Args:
           key: for the samples.
@@ -586,8 +597,7 @@ class Density:
           log_target: u, a function of one example, in nats.
           condition: for a conditional score.
           sampler, max_dims: as in :meth:`sample_and_log_prob`. With a sampler, p is its density,
-            so there is no solver's error. What the samples miss is measured with log p of the ODE,
-            because a draw of the target is no sample of the sampler.
+            so there is no solver's error.
 
         Raises:
           ValueError: the trace is not exact: the weights would be biased.
@@ -608,10 +618,10 @@ class Density:
         few = min(n, self.subset)
         strict = dataclasses.replace(self, solver=reference(self.solver))
 
-        def log_prob(density: Density, x: Array, count: int) -> np.ndarray:
+        def log_prob(density: Density, x: Any, count: int) -> np.ndarray:
             def batch(ids: np.ndarray) -> Array:
                 given = jax.tree.map(lambda leaf: leaf[ids], conditions)
-                return density.log_prob(x[ids], condition=given)
+                return density._log_prob(x[ids], None, given, sampler)
 
             batches = pytrees.in_batches(batch, np.arange(count), few)
             return np.concatenate([rows for _, rows in batches]).astype(float)
@@ -922,15 +932,6 @@ class WithLatent(ode_estimator.Estimator):
         return {**terms, "importance": zero, "latent": found.z}, found.stats.nfe
 
 
-def _check_folds(n: int, sampler: Chain, lost: Any) -> None:
-    if lost:
-        raise ValueError(
-            f"the density of {int(lost)} of {n} samples is not known: a step of "
-            f"{type(sampler).__name__} folds space, or is not finite; take more steps, or another "
-            "sampler"
-        )
-
-
 def _check_times(off: Any) -> None:
     if not off <= 1e-4:  # This is more than their rounding.
         raise ValueError(
@@ -1054,6 +1055,9 @@ def _of_rows(
 
 
 def _log_prob(score: Score, x: Example, key: Key | None, solver: Solver, how: _How) -> Array:
+    if how.sampler is not None:
+        of_map: Array = how.sampler.logp(score, how.sde, x, eps=how.eps).logp
+        return of_map
     estimator = ode_estimator.Estimator(how.trace, solver=solver)
     estimator.check(score, how.sde, how.shape)
     found: Array = estimator.solved(score, None, x, key, Target(how.sde, how.eps))[1].logp
@@ -1066,14 +1070,12 @@ def _sample(score: Score, key: Key, solver: Solver, how: _How) -> Example:
     )[0]
 
 
-def _sample_and_log_prob(
-    score: Score, key: Key, solver: Solver, how: _How
-) -> tuple[Example, Array]:
+def _sample_and_log_prob(score: Score, key: Key, solver: Solver, how: _How) -> tuple[Example, Any]:
     ode.check_precision(score, how.sde, how.shape)
     z, probes = how.sde.prior_sample(key, how.shape), stream(key, "probes")
     if how.sampler is not None:
-        x, of_map = how.sampler.sample_logp(score, how.sde, z, eps=how.eps)
-        return x, of_map.logp
+        drawn: tuple[Example, Any] = how.sampler.sample_logp(score, how.sde, z, eps=how.eps)
+        return drawn
     x, found = likelihood.sample_logp(
         score, how.sde, z, probes, eps=how.eps, trace=how.trace, solver=solver
     )

@@ -226,7 +226,7 @@ class Importance:
         log p of some of them; ``of_target (m,)`` are log weights of draws of the target.
 
         log Z is NaN if a weight is NaN or infinite. A draw of the target whose weight is NaN is
-        missing, because the solver gave up there.
+        missing, because the solver gave up there, or no latent of a sampler leads there.
         """
         n, largest = len(log_weights), np.max(log_weights)
         lost = int(np.sum(np.isnan(log_weights) | (log_weights == np.inf)))

@@ -6,12 +6,20 @@ pi and S = ``sde.stretch``. The density of the sample y_n is exact, whatever the
     log p(y_n) = log pi(z) + d log S - sum_k log |det dF_k/dy|       nats
 
 A step's Jacobian comes from d tangents, and its determinant is taken step by step: the product of
-the Jacobians would lose its small singular values in float32. The formula needs injective steps. A
-step is injective if v^T J v > 0 for all v != 0 and at all y, where J is its Jacobian. Where this is
-not true at a sample's y_k, we say that the step folds space, and the density is NaN. Such a J may
-have a positive determinant: two directions that change their sign, or a rotation by 90 degrees or
-more, which would need no fold. Data are not evaluated in this way, because the steps from data to
-noise fold much more often.
+the Jacobians would lose its small singular values in float32. The formula needs injective steps,
+whose determinants have one sign at all y. So a step with both signs at the samples, or with a
+determinant of 0, folds space, and the density is not known. Of a step with one sign,
+:func:`check_folds` knows:
+
+    affine        its Jacobian J is the same at all samples, so it is injective
+    no fold seen  v^T J v > 0 for all v != 0 at all samples; if so at all y, it is injective
+    may fold      all others: J turns a direction by 90 degrees or more, which needs no fold
+
+The inverse of a chain gives the density of a sampler at any x (:meth:`Chain.logp`). Each step is
+inverted by Newton's method, whose step is halved until |F(y) - x| decreases. If F is injective, has
+no determinant of 0 and reaches x, this converges from any start. Otherwise x may be no image of the
+chain, so that its density is 0. A few steps of a solver from data to noise are no such inverse, and
+fold much more often.
 
 *Stochastic samplers.* A step is a draw from N(mu_k(y_k), s_k^2 I), and a path y_0, ..., y_n has
 
@@ -27,6 +35,8 @@ sampler is a map of x together with its earlier predictions, and not of x alone.
 
 import abc
 import dataclasses
+import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -41,6 +51,8 @@ from sbml.core.types import Array, Example, Key, Scalar, Score, in_full_precisio
 from sbml.sdes import SDE
 
 Times = Float[Array, " points"]
+
+NEWTON = 30  # the largest number of iterations for the inverse of a step
 
 
 class Transition(NamedTuple):
@@ -61,18 +73,22 @@ class MapLogProb(NamedTuple):
     Attributes:
       prior: the log density of the latent under the prior.
       log_det: the sum over the steps of log |det dF/dy|, minus d log S.
-      folds: whether v^T J v <= 0 for a step's Jacobian J and a vector v, so that the density is not
-        known.
+      signs: the sign of det dF/dy of each step, ``(steps,)``; not 1 or -1 if it is 0 or not finite.
+      positive: whether v^T J v > 0 for the Jacobian J of each step and all v != 0, ``(steps,)``.
+      forms: u^T J v of each step for fixed vectors u and v, ``(steps,)``. If it is the same at two
+        random points, so is J, except for a set of u and v of probability 0.
     """
 
     prior: Array
     log_det: Array
-    folds: Array
+    signs: Array
+    positive: Array
+    forms: Array
 
     @property
     def logp(self) -> Array:
-        """log p of the sample; NaN if a step folds."""
-        return jnp.where(self.folds, jnp.nan, self.prior - self.log_det)
+        """log p of the sample, if the steps are injective (:func:`check_folds`)."""
+        return self.prior - self.log_det
 
 
 class PathLogProb(NamedTuple):
@@ -190,23 +206,50 @@ class Chain(abc.ABC):
         z = in_full_precision(z)
         times = self.times(sde, eps).astype(z.dtype)
 
-        def one(state: Any, ends: tuple[Scalar, Scalar]) -> tuple[Any, None]:
-            x, log_det, folds = state
+        def one(x: Example, ends: tuple[Scalar, Scalar]) -> tuple[Example, Any]:
+            mean, jacobian = self._linearised(score, sde, x, ends)
+            return mean, _of_step(jacobian)
 
-            def mapped(flat: Array) -> tuple[Array, Array]:
-                mean = self.transition(score, sde, flat.reshape(z.shape), *ends).mean.ravel()
-                return mean, mean
+        start = z / jnp.asarray(self.stretch(sde), z.dtype)
+        x, steps = jax.lax.scan(one, start, (times[:-1], times[1:]))
+        return x, self._map_logp(sde, z, steps)
 
-            jacobian, mean = jax.jacfwd(mapped, has_aux=True)(x.ravel())
-            log_det += jnp.linalg.slogdet(jacobian)[1]
-            # The Cholesky factor is NaN if the symmetric part of J is not positive definite.
-            folds |= jnp.isnan(jnp.linalg.cholesky(jacobian + jacobian.T)).any()
-            return (mean.reshape(z.shape), log_det, folds), None
+    @checked
+    def logp(self, score: Score, sde: SDE, x: Example, *, eps: Number) -> MapLogProb:
+        """The density of the sampler at ``x (*s)``, by the inverse of its steps.
 
+        It is NaN if no y with F(y) = x is found within ``NEWTON`` iterations of a step. It costs a
+        few times as much as :meth:`sample_logp`, whose errors it has.
+        """
+        self.check_density(deterministic=True)
+        sde.check_time(eps)
+        x = in_full_precision(x)
+        times = self.times(sde, eps).astype(x.dtype)
+
+        def one(x: Example, ends: tuple[Scalar, Scalar]) -> tuple[Example, Any]:
+            y, jacobian = _inverse(lambda y: self._linearised(score, sde, y, ends), x)
+            return y, _of_step(jacobian)
+
+        y, steps = jax.lax.scan(one, x, (times[:-1], times[1:]), reverse=True)
+        return self._map_logp(sde, y * jnp.asarray(self.stretch(sde), y.dtype), steps)
+
+    def _linearised(
+        self, score: Score, sde: SDE, x: Example, ends: tuple[Scalar, Scalar]
+    ) -> tuple[Example, Array]:
+        """F(x) of a step ``(*s)``, and its Jacobian ``(d, d)``."""
+
+        def mapped(flat: Array) -> tuple[Array, Array]:
+            mean = self.transition(score, sde, flat.reshape(x.shape), *ends).mean.ravel()
+            return mean, mean
+
+        jacobian, mean = jax.jacfwd(mapped, has_aux=True)(x.ravel())
+        return mean.reshape(x.shape), jacobian
+
+    def _map_logp(self, sde: SDE, z: Example, steps: tuple[Array, ...]) -> MapLogProb:
+        log_dets, *rest = steps
         stretch = jnp.asarray(self.stretch(sde), z.dtype)
-        start = z / stretch, -z.size * jnp.log(stretch), jnp.asarray(False)
-        (x, log_det, folds), _ = jax.lax.scan(one, start, (times[:-1], times[1:]))
-        return x, MapLogProb(sde.prior_logp(z), log_det, folds)
+        log_det = jnp.sum(log_dets) - z.size * jnp.log(stretch)
+        return MapLogProb(sde.prior_logp(z), log_det, *rest)
 
     def known_times(self, sde: SDE, eps: Number) -> Times:
         """:meth:`times`, as numbers also inside ``jit`` if ``sde`` and ``eps`` are numbers."""
@@ -273,3 +316,80 @@ class Chain(abc.ABC):
         stretch = jnp.asarray(self.stretch(sde), x.dtype)
         prior = sde.prior_logp(x[0] * stretch) + x[0].size * jnp.log(stretch)
         return PathLogProb(prior, steps)
+
+
+def _of_step(jacobian: Array) -> tuple[Array, ...]:
+    """log |det J| of a step, and its three numbers in :class:`MapLogProb`."""
+    sign, log_det = jnp.linalg.slogdet(jacobian)
+    # The Cholesky factor is NaN if the symmetric part of J is not positive definite.
+    positive = ~jnp.isnan(jnp.linalg.cholesky(jacobian + jacobian.T)).any()
+    u, v = jax.random.normal(jax.random.key(0), (2, len(jacobian)), jacobian.dtype)
+    return log_det, sign, positive, u @ jacobian @ v
+
+
+def _inverse(f: Callable[[Example], tuple[Example, Array]], x: Example) -> tuple[Example, Array]:
+    """y with f(y) = x, and the Jacobian there; ``f`` gives both. NaN if none is found."""
+    small = jnp.finfo(x.dtype).eps ** 0.5  # The last step squares an error of this size.
+
+    def unsolved(state: Any) -> Array:
+        i, y, error, *_ = state
+        return (error > small * (jnp.linalg.norm(x) + jnp.linalg.norm(y))) & (i < NEWTON)
+
+    def iterate(state: Any) -> Any:
+        i, y, error, step, share = state
+        tried = y + share * step
+        image, jacobian = f(tried)
+        rest = x - image
+        size = jnp.linalg.norm(rest)
+        newton = jnp.linalg.solve(jacobian, rest.ravel()).reshape(x.shape)
+        nearer = tried, size, newton, jnp.ones_like(share)
+        kept = y, error, step, 0.5 * share
+        return i + 1, *jax.tree.map(lambda a, b: jnp.where(size < error, a, b), nearer, kept)
+
+    start = (
+        jnp.asarray(0),
+        x,
+        jnp.asarray(jnp.inf, x.dtype),
+        jnp.zeros_like(x),
+        jnp.ones((), x.dtype),
+    )
+    _, y, error, step, _ = state = jax.lax.while_loop(unsolved, iterate, start)
+    y = jnp.where(unsolved((0, *state[1:])) | ~jnp.isfinite(error), jnp.nan, y + step)
+    return y, f(y)[1]
+
+
+def check_folds(sampler: Chain, found: MapLogProb) -> None:
+    """Check the steps of the samples whose densities are ``found``, with a leading axis ``(n,)``.
+
+    Raises:
+      ValueError: a step folds space. If a step may fold, a warning says so.
+    """
+    n = len(found.signs)
+    spread = jnp.ptp(found.forms, axis=0)
+    size = jnp.max(jnp.abs(found.forms), axis=0)
+    affine = (spread <= jnp.finfo(spread.dtype).eps ** 0.5 * size) & (n > 1)
+    turned = jnp.where(affine, 0, jnp.sum(~found.positive, axis=0))
+    signs = [jnp.sum(found.signs == sign, axis=0) for sign in (-1, 1)]
+
+    def check(counts: Array) -> None:
+        minus, plus, turned = np.asarray(counts)
+        folds = np.flatnonzero((minus > 0) & (plus > 0) | (minus + plus < n))
+        about = f"of {len(minus)} of {type(sampler).__name__}"
+        if len(folds):
+            k = folds[0]
+            raise ValueError(
+                f"the density of {n} samples is not known: step {k + 1} {about} folds space, or is "
+                f"not finite. The determinant of its Jacobian is positive at {plus[k]} samples, "
+                f"negative at {minus[k]}, and 0 or not finite at {n - plus[k] - minus[k]}; take "
+                "more steps, or another sampler"
+            )
+        if turned.any():
+            k = int(np.argmax(turned))
+            warnings.warn(
+                f"step {k + 1} {about} may fold space: it turns a direction by 90 degrees or more "
+                f"at {turned[k]} of {n} samples. Its determinant has one sign at all of them; the "
+                "densities are exact if it has this sign everywhere",
+                stacklevel=2,
+            )
+
+    when_known(check, jnp.stack([*signs, turned]))

@@ -28,11 +28,10 @@ def pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndar
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def save_deep(path: Path, pixels: np.ndarray, *, planes: bool = False) -> None:
+def save_deep(path: Path, pixels: np.ndarray) -> None:
     """Write uint16 ``(height, width, 2 to 4)`` with 16 bits a channel, which Pillow cannot do.
 
-    The last of 2 or 4 channels is the alpha of a PNG or TIFF. With ``planes``, the channels of a
-    TIFF lie one after the other.
+    The last of 2 or 4 channels is the alpha of a PNG or TIFF.
     """
     height, width, channels = pixels.shape
     data = pixels.astype(">u2").tobytes()
@@ -48,13 +47,9 @@ def save_deep(path: Path, pixels: np.ndarray, *, planes: bool = False) -> None:
             file += struct.pack(">I", zlib.crc32(name + text))
         path.write_bytes(file)
     else:
-        if planes:
-            data = np.moveaxis(pixels, -1, 0).astype(">u2").tobytes()
-        starts = [8 + i * len(data) // channels for i in range(channels)] if planes else [8]
-        length = len(data) // len(starts)
         tags = {256: [width], 257: [height], 258: [16] * channels, 259: [1], 262: [2]}
-        tags |= {273: starts, 277: [channels], 278: [height], 279: [length] * len(starts)}
-        tags |= {284: [1 + planes], **({338: [2]} if channels == 4 else {})}
+        tags |= {273: [8], 277: [channels], 278: [height], 279: [len(data)]}
+        tags |= {284: [1], **({338: [2]} if channels == 4 else {})}
         start, entries, values = 8 + len(data), b"", b""
         for tag, numbers in tags.items():
             packed = struct.pack(f">{len(numbers)}H", *numbers).ljust(4, b"\0")

@@ -16,7 +16,7 @@ from sbml.core import bits
 from sbml.core.streams import stream
 from sbml.core.types import optional
 from sbml.data import spread
-from sbml.data.image_folder import depth_of, printable, special
+from sbml.data.image_folder import check_opened, printable, special
 from sbml.density.estimate import Estimate
 from sbml.density.estimators.base import Target
 from sbml.density.estimators.bound import Estimator, InSteps
@@ -125,10 +125,7 @@ def _unchanged(path: Path, shape: tuple[int, ...], levels: int) -> np.ndarray:
     modes = {(1, 256): "L", (3, 256): "RGB"}
     expected = modes.get((shape[-1], levels), "P")  # With fewer levels, pixels are indices.
     with Image.open(path) as image:
-        if (frames := getattr(image, "n_frames", 1)) > 1:
-            raise ValueError(f"it has {frames} frames")
-        if (depth := depth_of(path, image)) > 8:
-            raise ValueError(f"it has {depth} bits a channel")
+        check_opened(path, image)
         pixels = np.asarray(image).reshape(image.height, image.width, -1)
         if image.mode != expected or pixels.shape != shape or pixels.max() >= levels:
             raise ValueError(

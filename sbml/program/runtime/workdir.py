@@ -34,6 +34,7 @@ from sbml.core.files import (
     write_npz,
     write_whole,
 )
+from sbml.core.scalars import escaped
 from sbml.core.types import Json
 from sbml.program.runtime import lock, refusals
 
@@ -54,6 +55,11 @@ WHITENING = "whitening.npz"
 LONGEST = 800
 # Variables with which gs:// is reached by another address or through a proxy.
 OTHER_WAYS = {"STORAGE_EMULATOR_HOST", "FSSPEC_GS_ENDPOINT_URL", "HTTPS_PROXY", "https_proxy"}
+# Folders with the modes that write them. For other modes they may be links to those of another run.
+READ_BY_OTHERS = {
+    "checkpoints": {"train", "table", "convert"},
+    "dequantizer": {"train_dequantizer", "convert"},
+}
 MADE_BY = {
     ARCHITECTURE: "convert",
     CODEC: "compress",
@@ -179,8 +185,26 @@ class Workdir(os.PathLike):
         return os.path.basename(self.absolute)
 
     def lock(self, purpose: str) -> AbstractContextManager[None]:
-        """A context manager that keeps other processes from running the mode ``purpose`` here."""
+        """A context manager that keeps other processes from running the mode ``purpose`` here.
+
+        Raises a ValueError if the mode could write through a link to a place outside."""
+        self._keep_inside(purpose)
         return lock.hold(self.path, purpose)
+
+    def _keep_inside(self, purpose: str) -> None:
+        """Refuse links that lead out of the work directory, which may itself be a link."""
+        root = os.path.realpath(self.path)
+        linked = {folder for folder, modes in READ_BY_OTHERS.items() if purpose not in modes}
+        for folder, folders, files in () if remote(self.path) else os.walk(self.path):
+            for path in (os.path.join(folder, name) for name in folders + files):
+                target = os.path.realpath(path) if os.path.islink(path) else root
+                inside = os.path.commonpath([root, target]) == root
+                if not inside and os.path.relpath(path, self.path) not in linked:
+                    raise ValueError(
+                        f"{escaped(path)} is a link to {escaped(target)}, and --mode={purpose} "
+                        "writes only inside the work directory: remove the link, or make the "
+                        "whole work directory a link to a folder on another disk"
+                    )
 
     def owner(self, purpose: str) -> str | None:
         """The process that runs the mode ``purpose`` here, in words; None if there is none."""

@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager
 from typing import Annotated, Any, Literal, Self
 
 import jax
+import numpy as np
 import pydantic
 from annotated_types import MinLen
 from etils import epath
@@ -80,6 +81,17 @@ def _form(holds: Mapping[str, Any]) -> type[pydantic.BaseModel]:
         key.rstrip("?"): (kind, None if key.endswith("?") else ...) for key, kind in holds.items()
     }
     return pydantic.create_model("Form", __config__={"strict": True}, **members)
+
+
+def _array(kinds: str, ndim: int) -> Any:
+    """An array with entries and ``ndim`` axes, whose type is of one of NumPy's ``kinds``."""
+
+    def fits(found: np.ndarray) -> np.ndarray:
+        if found.dtype.kind not in kinds or found.ndim != ndim or not found.size:
+            raise ValueError(f"sbml writes no array {found.dtype}{found.shape} there")
+        return found
+
+    return Annotated[Any, pydantic.AfterValidator(fits)]
 
 
 Number: Any = float | Literal["NaN", "Infinity", "-Infinity"]  # ``report.result.strict``
@@ -143,7 +155,10 @@ FORMS: dict[str, Any] = {
             "warnings?": list[str],
         }
     ),
-    SAMPLES: _form(dict.fromkeys(("images", "nfe", "failed", "step", "sampler"), Any)),
+    SAMPLES: _form(
+        {"images": _array("u", 4), "nfe": _array("iuf", 1), "failed": _array("b", 1)}
+        | {"step": _array("iu", 0), "sampler": _array("U", 0)}
+    ),
 }
 
 

@@ -19,7 +19,8 @@ from sbml.program.runtime.workdir import EVALUATION, PER_IMAGE, QUALITY, SAMPLES
 
 IMAGES = {"name": "digits", "split": "test", "count": 50, "shape": [2, 2, 1], "levels": 17}
 TRAINING = {"training": {"batch_size": 16}}
-UNREAD = ("nfe", "failed", "sampler")  # what a comparison does not use
+# What a comparison does not use.
+UNREAD = {"nfe": np.ones(1), "failed": np.zeros(1, bool), "sampler": np.asarray("ode")}
 # The bits/dim of each image, nearly the same for all models.
 HARDNESS = np.random.default_rng(0).normal(2, 0.5, 50)
 
@@ -51,7 +52,7 @@ def write(path, ids: np.ndarray, bits: np.ndarray, sha: str = "a", **extra) -> W
 
 def samples(images: np.ndarray, step: int) -> dict:
     origin = {"step": np.asarray(step), "parameters_crc32": np.asarray(7)}
-    return {"images": images, **origin, **dict.fromkeys(UNREAD, np.zeros(1))}
+    return {"images": images, **origin, **UNREAD}
 
 
 def test_differences_are_computed_from_the_images_that_both_runs_have(tmp_path):

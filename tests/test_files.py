@@ -5,6 +5,8 @@ import io
 import json
 import subprocess
 import sys
+import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -79,6 +81,60 @@ def test_every_damage_of_arrays_is_an_error_that_names_the_file(tmp_path):
         with pytest.raises(DamagedFileError, match=r"x\.npz is damaged .*: throw it away"):
             files.read_npz(path, "throw it away")
         assert files.intact_npz(path) is None
+
+
+def with_comment(content: bytes) -> bytes:
+    """The archive ``content`` with the comment that ``write_npz`` would give it."""
+    buffer = io.BytesIO(content)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = b"crc32=00000000"
+    content = buffer.getvalue()
+    return content[:-8] + f"{zlib.crc32(content):08x}".encode()
+
+
+def test_a_file_that_unpacks_to_more_than_its_size_is_not_unpacked(tmp_path, monkeypatch):
+    """Compressed zeros, and a header of a huge array."""
+    path, buffer, entries = tmp_path / SAMPLES, io.BytesIO(), 10**6
+    np.savez_compressed(buffer, images=np.zeros((entries, 8, 8, 1), np.uint8), failed=[False])
+    path.write_bytes(with_comment(buffer.getvalue()))
+    assert path.stat().st_size < 1e5
+    message = r"samples\.npz is damaged .*: its \d+ bytes unpack to 64000\d+\): remove it, and make"
+    with monkeypatch.context() as patch:
+        patch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda *given: pytest.fail("unpacked"))
+        with pytest.raises(DamagedFileError, match=message) as caught:
+            Workdir(tmp_path).read(SAMPLES)
+    assert "\n" not in str(caught.value)
+    files.write_npz(path, {"images": np.zeros(1000, np.uint8)})
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(other := io.BytesIO(), "w") as huge:
+        header = archive.read("images.npy").replace(
+            b"(1000,), }          ", b"(10000000000000,), }"
+        )
+        huge.writestr("images.npy", header)
+    path.write_bytes(with_comment(other.getvalue()))
+    with pytest.raises(DamagedFileError, match="another program wrote it: "):
+        files.read_npz(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("images", np.zeros((2, 64), np.uint8)),
+        ("images", np.zeros((2, 8, 8, 1), "V0")),
+        ("nfe", np.asarray(["a", "b"])),
+        ("failed", np.zeros(0, bool)),
+        ("step", np.asarray([1, 2])),
+    ],
+)
+def test_arrays_of_samples_have_their_types_and_axes(tmp_path, name, value):
+    columns = {"images": np.zeros((2, 8, 8, 1), np.uint8), "nfe": np.ones(2, int)}
+    columns |= {"failed": np.zeros(2, bool), "step": np.asarray(1), "sampler": np.asarray("ode")}
+    Workdir(tmp_path).write(SAMPLES, columns)
+    Workdir(tmp_path).read(SAMPLES)
+    Workdir(tmp_path).write(SAMPLES, columns | {name: value})
+    with pytest.raises(
+        DamagedFileError, match=rf"samples\.npz is damaged \({name}: .*sbml writes no array"
+    ):
+        Workdir(tmp_path).read(SAMPLES)
 
 
 def test_damaged_json_is_an_error_or_the_same_values(tmp_path):

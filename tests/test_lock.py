@@ -89,3 +89,41 @@ def test_a_lock_in_an_object_store_is_taken_over_only_if_its_owner_is_dead(bucke
         assert bucket.owner("train") is None
         with bucket.lock("train"):
             pass
+
+
+@pytest.mark.parametrize(
+    "name", ["train", "history.jsonl", "tensorboard", ".eval.lock", "eval/x", "checkpoints"]
+)
+def test_a_link_to_a_place_outside_is_refused_before_anything_is_written(tmp_path, name):
+    """The names are those of folders and of files that a mode would write through."""
+    outside, workdir = tmp_path / "outside", tmp_path / "run"
+    target = outside / "kept.txt" if "." in name else outside
+    outside.mkdir()
+    (outside / "kept.txt").write_text("kept")
+    (workdir / name).parent.mkdir(parents=True)
+    (workdir / name).symlink_to(target)
+    purpose = "train" if name == "checkpoints" else "eval"
+    message = f"{workdir / name} is a link to {target}, and --mode={purpose} .*: remove the link, "
+    with pytest.raises(ValueError, match=message), Workdir(workdir).lock(purpose):
+        pass
+    assert [path.read_text() for path in outside.iterdir()] == ["kept"]
+    assert [path.name for path in workdir.iterdir()] == [name.split("/")[0]]
+
+
+def test_links_within_the_work_directory_and_to_it_are_followed(tmp_path):
+    """Modes that only read checkpoints also find those of another run."""
+    for name in ("run/train", "run/eval", "other/checkpoints", "other/dequantizer"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "run/here").symlink_to("train/../eval")
+    (tmp_path / "run/nowhere").symlink_to("missing")
+    (tmp_path / "link").symlink_to("run")
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "other/checkpoints")
+    for purpose in ("eval", "sample", "train_dequantizer"):
+        with Workdir(tmp_path / "link").lock(purpose):
+            assert (tmp_path / f"run/.{purpose}.json").exists()
+    (tmp_path / "run/checkpoints").unlink()
+    (tmp_path / "run/dequantizer").symlink_to(tmp_path / "other/dequantizer")
+    with Workdir(tmp_path / "link").lock("train"):
+        pass
+    with pytest.raises(ValueError, match="is a link to"):
+        Workdir(tmp_path / "link").lock("train_dequantizer")

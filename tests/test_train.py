@@ -41,7 +41,7 @@ def whole(tmp_path_factory):
 def trained(digits_model, tmp_path_factory):
     """A work directory with the checkpoints of a training, which commands may write to."""
     workdir = tmp_path_factory.mktemp("trained")
-    (workdir / "checkpoints").symlink_to(digits_model / "checkpoints")
+    shutil.copytree(digits_model / "checkpoints", workdir / "checkpoints")
     return workdir
 
 

@@ -69,6 +69,7 @@ def test_default_groups_leave_two_channels_each() -> None:
     [
         ({"width": 7}, "width is 7"),
         ({"depth": -1}, "depth is -1"),
+        ({"depth": 501}, "depth is 501"),
         ({"dropout": 1.0}, r"dropout is 1.0.*\[0, 1\)"),
         ({"groups": 3}, "groups=3: give a divisor of width=128"),
         ({"dtype": "float16"}, "dtype is 'float16'.*'float32', 'bfloat16', 'float64'"),

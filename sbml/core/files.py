@@ -75,13 +75,23 @@ def write_npz(path: epath.PathLike, columns: Mapping[str, ArrayLike]) -> None:
 
 
 def read_npz(path: epath.PathLike, remedy: str = "remove it") -> dict[str, np.ndarray]:
-    """The arrays of a file that :func:`write_npz` wrote; ``remedy`` ends an error's message."""
+    """The arrays of a file that :func:`write_npz` wrote; ``remedy`` ends an error's message.
+
+    :func:`write_npz` does not compress. So a file whose arrays are larger than itself, which could
+    fill the memory, is not read."""
     content = epath.Path(path).read_bytes()
     end = len(content) - len(_comment(0))
     if end < 0 or content[end:] != _comment(zlib.crc32(content[:end] + _comment(0))):
         raise DamagedFileError(path, f"its {len(content)} bytes fail their CRC32", remedy)
-    with np.load(io.BytesIO(content)) as file:
-        return {name: file[name] for name in file.files}
+    try:
+        with np.load(io.BytesIO(content)) as file:
+            unpacked = sum(member.file_size for member in file.zip.infolist())
+            if unpacked > len(content):
+                raise ValueError(f"its {len(content)} bytes unpack to {unpacked}")
+            return {name: file[name] for name in file.files}
+    except (ValueError, MemoryError, zipfile.BadZipFile) as error:
+        reason = f"another program wrote it: {str(error).partition(chr(10))[0]}"
+        raise DamagedFileError(path, reason, remedy) from error
 
 
 def intact_npz(path: epath.PathLike) -> dict[str, np.ndarray] | None:

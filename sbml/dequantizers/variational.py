@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Integer, Num
 
 from sbml.core.door import checked, condition, typed
-from sbml.core.scalars import Count, at_least
+from sbml.core.scalars import Count, at_least, between
 from sbml.core.streams import stream
 from sbml.core.types import AnyArray, Array, Json, Key, Keys, Numbers, PyTree, Scalar, Tree, Vector
 from sbml.dequantizers._flowpp_flow import Flow, per_image
@@ -60,7 +60,7 @@ class Model(Dequantizer):
     ] = "cifar10"
     filters: Count = 96
     components: Count = 32
-    blocks: Count = 2
+    blocks: Annotated[int, between(1, 100)] = 2
     heads: Count = 4
     dropout: Annotated[float, condition("in [0, 1)", lambda rate: 0 <= rate < 1)] = 0.0
     levels: Annotated[int, at_least(2)] = 256

@@ -35,7 +35,7 @@ from jaxtyping import Float, Num
 
 from sbml.core.door import condition, typed
 from sbml.core.platform import one_cpu
-from sbml.core.scalars import Count, at_least, one_of
+from sbml.core.scalars import Count, at_least, between, one_of
 from sbml.core.types import AnyArray, Array, Key, at_least_float32
 
 Map = Callable[[Array], Array]
@@ -45,6 +45,9 @@ Images = Float[AnyArray, "n h w c"]
 Labels = Float[AnyArray, "n"]
 Numbers = Num[AnyArray, "n"]
 
+# With more residual blocks, JAX traces a network for longer than ten seconds.
+Depth = Annotated[int, between(0, 500)]
+PerLevel = Annotated[int, between(1, 100)]  # blocks at one resolution
 Classes = Annotated[int, at_least(0)]  # their number; 0 for a network without a class
 
 # "SAME", "VALID", or how many zeros are before and after the height, and the width.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sbml.core.door import checked, condition, typed
-from sbml.core.scalars import Count, Positive, at_least
+from sbml.core.scalars import Count, Positive
 from sbml.core.types import Array, Batch
 from sbml.networks import _layers as layers
 
@@ -37,7 +37,7 @@ class Model(nn.Module):
     """
 
     width: Count = 128
-    depth: Annotated[int, at_least(0)] = 3
+    depth: layers.Depth = 3
     dropout: layers.Rate = 0.0
     embedding_size: Annotated[
         int, condition("among 4, 6, 8 ...", lambda size: size >= 4 and size % 2 == 0)

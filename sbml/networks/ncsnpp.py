@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sbml.core.door import checked, condition, typed
-from sbml.core.scalars import Count, Positive, at_least, one_of
+from sbml.core.scalars import Positive, at_least, one_of
 from sbml.core.types import Array
 from sbml.networks import _layers as layers
 from sbml.networks._layers import Images, Labels, Map
@@ -121,7 +121,7 @@ class Model(nn.Module):
         tuple[int, ...],
         condition("of one positive integer per level", lambda mults: mults and min(mults) > 0),
     ] = (1, 2, 2, 2)
-    num_res_blocks: Count = 4
+    num_res_blocks: layers.PerLevel = 4
     attn_resolutions: Annotated[
         tuple[int, ...], condition("of positive integers", lambda value: all(r > 0 for r in value))
     ] = (16,)

@@ -38,7 +38,7 @@ from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
 from sbml.core.door import brief, checked, condition, typed
-from sbml.core.scalars import Count, Positive, at_least, between, one_of
+from sbml.core.scalars import Positive, at_least, between, one_of
 from sbml.core.types import Array
 from sbml.networks import _layers as layers
 from sbml.networks._layers import Images, Labels, Map
@@ -253,7 +253,7 @@ class Model(nn.Module):
             lambda widths: widths and min(widths) > 0 and widths[0] >= 4,
         ),
     ] = (224, 448, 672, 896)
-    layers_per_block: Count = 2
+    layers_per_block: layers.PerLevel = 2
     down_block_types: Annotated[tuple[str, ...], _among(DOWN_SKIP + DOWN)] = (
         "DownBlock2D",
         "AttnDownBlock2D",

@@ -91,7 +91,7 @@ class Model(nn.Module):
     width: Annotated[
         int, condition("among 4, 6, 8 ...", lambda width: width >= 4 and width % 2 == 0)
     ] = 128
-    depth: Annotated[int, at_least(0)] = 32
+    depth: layers.Depth = 32
     attention: bool = False
     dropout: layers.Rate = 0.1
     groups: Annotated[int, at_least(0)] = 0

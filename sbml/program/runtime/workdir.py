@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager
 from typing import Annotated, Any, Literal, Self
 
 import jax
+import numpy as np
 import pydantic
 from annotated_types import MinLen
 from etils import epath
@@ -34,6 +35,7 @@ from sbml.core.files import (
     write_npz,
     write_whole,
 )
+from sbml.core.scalars import escaped
 from sbml.core.types import Json
 from sbml.program.runtime import lock, refusals
 
@@ -54,6 +56,11 @@ WHITENING = "whitening.npz"
 LONGEST = 800
 # Variables with which gs:// is reached by another address or through a proxy.
 OTHER_WAYS = {"STORAGE_EMULATOR_HOST", "FSSPEC_GS_ENDPOINT_URL", "HTTPS_PROXY", "https_proxy"}
+# Folders with the modes that write them. For other modes they may be links to those of another run.
+READ_BY_OTHERS = {
+    "checkpoints": {"train", "table", "convert"},
+    "dequantizer": {"train_dequantizer", "convert"},
+}
 MADE_BY = {
     ARCHITECTURE: "convert",
     CODEC: "compress",
@@ -74,6 +81,17 @@ def _form(holds: Mapping[str, Any]) -> type[pydantic.BaseModel]:
         key.rstrip("?"): (kind, None if key.endswith("?") else ...) for key, kind in holds.items()
     }
     return pydantic.create_model("Form", __config__={"strict": True}, **members)
+
+
+def _array(kinds: str, ndim: int) -> Any:
+    """An array with entries and ``ndim`` axes, whose type is of one of NumPy's ``kinds``."""
+
+    def fits(found: np.ndarray) -> np.ndarray:
+        if found.dtype.kind not in kinds or found.ndim != ndim or not found.size:
+            raise ValueError(f"sbml writes no array {found.dtype}{found.shape} there")
+        return found
+
+    return Annotated[Any, pydantic.AfterValidator(fits)]
 
 
 Number: Any = float | Literal["NaN", "Infinity", "-Infinity"]  # ``report.result.strict``
@@ -137,7 +155,10 @@ FORMS: dict[str, Any] = {
             "warnings?": list[str],
         }
     ),
-    SAMPLES: _form(dict.fromkeys(("images", "nfe", "failed", "step", "sampler"), Any)),
+    SAMPLES: _form(
+        {"images": _array("u", 4), "nfe": _array("iuf", 1), "failed": _array("b", 1)}
+        | {"step": _array("iu", 0), "sampler": _array("U", 0)}
+    ),
 }
 
 
@@ -179,8 +200,26 @@ class Workdir(os.PathLike):
         return os.path.basename(self.absolute)
 
     def lock(self, purpose: str) -> AbstractContextManager[None]:
-        """A context manager that keeps other processes from running the mode ``purpose`` here."""
+        """A context manager that keeps other processes from running the mode ``purpose`` here.
+
+        Raises a ValueError if the mode could write through a link to a place outside."""
+        self._keep_inside(purpose)
         return lock.hold(self.path, purpose)
+
+    def _keep_inside(self, purpose: str) -> None:
+        """Refuse links that lead out of the work directory, which may itself be a link."""
+        root = os.path.realpath(self.path)
+        linked = {folder for folder, modes in READ_BY_OTHERS.items() if purpose not in modes}
+        for folder, folders, files in () if remote(self.path) else os.walk(self.path):
+            for path in (os.path.join(folder, name) for name in folders + files):
+                target = os.path.realpath(path) if os.path.islink(path) else root
+                inside = os.path.commonpath([root, target]) == root
+                if not inside and os.path.relpath(path, self.path) not in linked:
+                    raise ValueError(
+                        f"{escaped(path)} is a link to {escaped(target)}, and --mode={purpose} "
+                        "writes only inside the work directory: remove the link, or make the "
+                        "whole work directory a link to a folder on another disk"
+                    )
 
     def owner(self, purpose: str) -> str | None:
         """The process that runs the mode ``purpose`` here, in words; None if there is none."""

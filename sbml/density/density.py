@@ -235,8 +235,8 @@ class Density:
         return self._log_prob(x, key, condition)
 
     def _log_prob(
-        self, x: Array, key: Key | None, condition: Any, sampler: Chain | None = None
-    ) -> Array:
+        self, x: Real, key: Key | None, condition: Any, sampler: Chain | None = None
+    ) -> Real:
         """log p of the ODE or of what a ``sampler`` draws, ``(*b)``, of ``x (*b, *shape)``."""
         batch = x.shape[: x.ndim - len(self.shape)]
         y = x.reshape(-1, *self.shape)

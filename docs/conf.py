@@ -84,7 +84,7 @@ toc_object_entries_show_parents = "hide"
 nitpick_ignore_regex = [
     (r"py:.*", r"sbml\.(\w+\.)*_\w+\.\w+"),
     (r"py:.*", r"tuple\[~typing\.Annotated\[.*"),
-    (r"py:.*", r"sbml\.progress\..*"),
+    (r"py:.*", r"sbml\.core\.progress\..*"),
     (r"py:.*", r"annotated_types\..*|FieldInfo|NoneType|Ge|Le|Lt|MinLen|MaxLen|[\d.]+"),
     (
         r"py:.*",

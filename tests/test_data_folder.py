@@ -151,11 +151,16 @@ def test_pixel_formats(two_splits: Path) -> None:
     save(train / "opaque.png", np.concatenate([rgb, np.full((8, 8, 1), 255, np.uint8)], -1))
     Image.fromarray(rgb).convert("CMYK").save(train / "ink.tif")
     Image.fromarray(rgb[..., 0]).save(train / "grey.png")
+    more = {"save_all": True, "append_images": [Image.fromarray(255 - rgb)]}
+    Image.fromarray(rgb).save(train / "camera.jpg", format="MPO", quality=100, **more)
+    Image.fromarray(rgb[..., 0]).save(train / "moves.gif", **more)
     Image.fromarray(rgb).quantize(256).save(train / "palette.png")
     images = load_split(two_splits)
     assert images.ids is not None
     by_name = dict(zip((Path(i).stem for i in images.ids), images.images, strict=True))
     np.testing.assert_array_equal(by_name["opaque"], rgb)
+    np.testing.assert_array_equal(by_name["camera"], Image.open(train / "camera.jpg"))
+    np.testing.assert_array_equal(by_name["moves"], by_name["grey"])
     np.testing.assert_array_equal(by_name["grey"], np.repeat(rgb[..., :1], 3, -1))
     np.testing.assert_allclose(by_name["ink"], rgb, atol=1)
     np.testing.assert_array_equal(

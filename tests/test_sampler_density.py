@@ -141,7 +141,7 @@ def check_map(name: str, family: str, d: int, n: int) -> None:
         np.testing.assert_allclose(found.logp, expected, atol=atol)
 
 
-@pytest.mark.parametrize("name", ["ddim", "midpoint"])
+@pytest.mark.parametrize("name", ["ddim", pytest.param("midpoint", marks=pytest.mark.slow)])
 def test_samples_have_the_density_of_the_affine_map(name: str) -> None:
     check_map(name, "vp", d=3, n=5)
 

@@ -27,7 +27,7 @@ from sbml.data._cache import Add, content_key, load_or_build
 from sbml.data._examples import ImageSet, Options, Source
 
 # The formats that are read, by Pillow's names, and the suffixes of these and of other images.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF")  # MPO: JPEG of some cameras
 SUFFIXES = frozenset(
     ".png .jpg .jpeg .jpe .jfif .webp .bmp .tif .tiff .gif "
     ".avif .heic .heif .jp2 .j2k .jxl .pbm .pgm .pnm .ppm .tga".split()
@@ -229,7 +229,7 @@ def _is_grey(image: Image.Image) -> bool:
 
 
 def check_opened(path: Path, opened: Image.Image, animated: bool = False) -> None:
-    """Refuse a format other than ``FORMATS``, several frames, unless of a GIF that may be
+    """Refuse a format other than ``FORMATS``, several frames, unless of a GIF or MPO that may be
     ``animated``, and more than 8 bits a channel.
 
     The bits are read from the file: of several channels with 16 bits Pillow keeps only the upper 8,
@@ -238,7 +238,7 @@ def check_opened(path: Path, opened: Image.Image, animated: bool = False) -> Non
     if opened.format not in FORMATS:
         raise ValueError(f"a file of the format {opened.format}: save it as PNG")
     frames = getattr(opened, "n_frames", 1)
-    if frames > 1 and not (animated and opened.format == "GIF"):
+    if frames > 1 and not (animated and opened.format in ("GIF", "MPO")):
         raise ValueError(f"it has {frames} frames: save each as an image of its own")
     depth = 8
     if opened.format == "PNG":

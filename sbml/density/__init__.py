@@ -4,6 +4,6 @@ May import: core, dequantizers, likelihood, samplers, score, sdes, statistics.
 """
 
 from sbml.density.density import PILOT, Density, Sweeps, WithLatent
-from sbml.density.estimate import Estimate
+from sbml.density.estimate import Estimate as Estimate
 
-__all__ = ["PILOT", "Density", "Estimate", "Sweeps", "WithLatent"]
+__all__ = ["PILOT", "Density", "Sweeps", "WithLatent"]

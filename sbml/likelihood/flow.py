@@ -34,7 +34,7 @@ If the ODE ends before T, p_T is the distribution of the scaled x: alpha and sig
 the end, times the same factor.
 
 In the other direction, from a latent z at T to the sample x at eps, the curve has the same two
-integrals, so one solve gives a sample and its log p (:func:`sample_logp`).
+integrals, so one solve gives a sample and its log p (:func:`sbml.likelihood.sample_logp`).
 
 Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021, appendix D.2.
 """

@@ -15,7 +15,7 @@ determinant of 0, folds space, and the density is not known. Of a step with one 
     no fold seen  v^T J v > 0 for all v != 0 at all samples; if so at all y, it is injective
     may fold      all others: J turns a direction by 90 degrees or more, which needs no fold
 
-The inverse of a chain gives the density of a sampler at any x (:meth:`Chain.logp`). Each step is
+The inverse of a chain gives the density of a sampler at any x (``Chain.logp``). Each step is
 inverted by Newton's method, whose step is halved until |F(y) - x| decreases. If F is injective, has
 no determinant of 0 and reaches x, this converges from any start. Otherwise x may be no image of the
 chain, so that its density is 0. A few steps of a solver from data to noise are no such inverse, and

@@ -16,7 +16,8 @@ predict y. Let d be the data's standard deviation, v = alpha^2 d^2 + sigma^2 and
     levels           weights of levels      (x_t - alpha x^) / sigma, x^ by Bayes' rule     u
 
 The input u has unit variance at every noise level. For ``x0`` and ``velocity``, u is the input of
-networks of this package (:class:`Adapter`), and x_t that of others (:func:`from_prediction`).
+networks of this package (:class:`Adapter`), and x_t that of others
+(:func:`sbml.score.from_prediction`).
 Song et al. have ``noise`` (VP and subVP), ``score`` and ``scaled_score`` (VE without and with
 model.scale_by_sigma), and VDM has ``residual``. ``edm`` is the form of Karras et al., and
 ``preconditioned`` the same with the opposite sign: its first term is the best linear denoiser of

@@ -133,6 +133,9 @@ def test_samples_that_are_not_finite_are_counted(
 def test_the_gap_of_a_sampler_with_few_steps_is_said(trained: Path) -> None:
     """More steps are nearer to the model, and a sampler with noise has no such number."""
     config, gaps = tiny.get_config(), []
+    few = of(build.Experiment(config), trained)
+    assert "would cost more than the samples" in sample.gap(few, DDIM(4))
+    config.sampling.num_images = sample.COMPARED * 65
     model = of(build.Experiment(config), trained)
     for steps in (4, 16):
         said = re.search(rf"{steps} steps of ode: ([\d.]+) \+-", sample.gap(model, DDIM(steps)))

@@ -88,7 +88,11 @@ def run(trained: Trained, preemption: Preemption) -> Workdir:
 
 def gap(trained: Trained, sampler: Sampler) -> str:
     """How far the density of a deterministic ``sampler`` with few steps is from that of the ODE, in
-    words; "" for other samplers, and for more than ``LARGEST`` dimensions (``Density.gap``)."""
+    words; "" for other samplers, and for more than ``LARGEST`` dimensions (``Density.gap``).
+
+    It is computed only if it costs less than the samples: an evaluation with the exact trace of d
+    dimensions costs as much as d + 1 evaluations.
+    """
     density = trained.density(trained.experiment.sampling_eps)
     if density.dims > LARGEST or not isinstance(sampler, Chain) or sampler.obstacle(True):
         return ""
@@ -97,6 +101,11 @@ def gap(trained: Trained, sampler: Sampler) -> str:
     key = stream(jax.random.key(trained.experiment.config.sampling.seed), "sampler")
     name = trained.experiment.config.sampling.sampler.name
     steps = len(sampler.times(density.sde, trained.experiment.sampling_eps)) - 1
+    if COMPARED * (density.dims + 1) > trained.experiment.config.sampling.num_images:
+        return (
+            f"{steps} steps of {name}: the distance to the model would cost more than the samples; "
+            f"in Python: sbml.load({str(trained.workdir)!r}).gap(key, {COMPARED}, sampler=...)"
+        )
     try:
         found = density.gap(key, COMPARED, condition, sampler=sampler)
     except ValueError as error:  # A few long steps may fold space; the samples are drawn anyway.

@@ -321,6 +321,7 @@ class Chain(abc.ABC):
 def _of_step(jacobian: Array) -> tuple[Array, ...]:
     """log |det J| of a step, and its three numbers in :class:`MapLogProb`."""
     sign, log_det = jnp.linalg.slogdet(jacobian)
+    sign = jnp.where(jnp.isfinite(log_det), sign, jnp.nan)  # Some versions of JAX give 1.
     # The Cholesky factor is NaN if the symmetric part of J is not positive definite.
     positive = ~jnp.isnan(jnp.linalg.cholesky(jacobian + jacobian.T)).any()
     u, v = jax.random.normal(jax.random.key(0), (2, len(jacobian)), jacobian.dtype)

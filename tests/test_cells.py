@@ -18,6 +18,7 @@ from sbml.density.estimators import Cell
 from sbml.likelihood.ode import Solver
 from sbml.program.config import build
 from sbml.program.evaluation import cells
+from sbml.program.report import result as report
 from sbml.statistics.intervals import half_width, repeated_stderr
 
 
@@ -101,13 +102,13 @@ def test_noise_of_an_ode_cell_is_measured_by_a_second_draw_of_a_subset(trained, 
     assert result.this_set.stderr == pytest.approx(np.sqrt(variance / 40), rel=1e-5)
     half = half_width(*repeated_stderr(one, other, 40))
     shown = run.result(result)
-    assert shown.this_set_ci95 == result.this_set_ci95 == pytest.approx(half, rel=1e-5)
+    assert shown["this_set_ci95"] == result.this_set_ci95 == pytest.approx(half, rel=1e-5)
     expected = stats.t.interval(0.95, 39, result.mean, stats.sem(result.values))
-    np.testing.assert_allclose(shown.interval, expected, rtol=1e-6)
-    assert shown.stderr == pytest.approx(stats.sem(result.values))
+    np.testing.assert_allclose(shown["interval"], expected, rtol=1e-6)
+    assert shown["stderr"] == pytest.approx(stats.sem(result.values))
     own = result.mean - half, result.mean + half
-    np.testing.assert_allclose(shown.this_set_interval, own, rtol=1e-5)
-    assert half < 0.9 * shown.ci95
+    np.testing.assert_allclose(shown["this_set_interval"], own, rtol=1e-5)
+    assert half < 0.9 * shown["ci95"]
 
 
 @pytest.mark.slow
@@ -119,8 +120,8 @@ def test_times_with_heavy_weights_are_warned_of_and_the_defaults_are_not(trained
         number = run.finish()
         result, warnings = run.result(number), run.warnings(number)
         warnings = [w for w in warnings if "HEAVY TAILS" in w]
-        assert bool(fields) == ("HEAVY TAILS" in result.line) == bool(warnings)
-        assert (result.plain()["tail"] > 0.7) == bool(fields)
+        assert bool(fields) == ("HEAVY TAILS" in report.line(result)) == bool(warnings)
+        assert (result["tail"] > 0.7) == bool(fields)
     assert "use the defaults of eval.bound.importance and " in warnings[0]
 
 
@@ -200,9 +201,9 @@ def test_the_smallest_time_of_a_number(trained, tmp_path):
         run = cell_run(trained, tmp_path, cell, max_images=2, batch_size=2, **fields)
         assert run.measurement.target.eps == pytest.approx(eps, rel=1e-3)
     shown = run.result(run.finish())
-    assert shown.plain()["smallest_time"] == pytest.approx(eps, rel=1e-3)
+    assert shown["smallest_time"] == pytest.approx(eps, rel=1e-3)
     at = f"bits/dim at t={notation(eps, '.3g')} on digits test"
-    assert at in shown.line.replace(" NOT CONVERGED", "")
+    assert at in report.line(shown).replace(" NOT CONVERGED", "")
 
 
 @pytest.mark.slow
@@ -244,7 +245,7 @@ def test_the_bar_shows_the_mean_of_all_rows_so_far(trained, tmp_path, monkeypatc
     assert own == expected and len(set(own)) > 1
     assert own[-1] == f"{result.population.mean:.3f} bits/dim"
     # The same name as in the result that is printed.
-    assert run.result(result).name == cell.title
+    assert report.cell(run.result(result)).title == cell.title
 
 
 @pytest.mark.slow

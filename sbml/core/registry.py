@@ -36,7 +36,7 @@ _trusted: contextvars.ContextVar[frozenset[str] | None] = contextvars.ContextVar
 def only(names: Iterable[str]) -> Iterator[None]:
     """A context in which parts of other packages are imported only if they are among ``names``, or
     in a package or module among them, and only paths among them are read (:func:`check_path`). A
-    context inside of another one changes nothing, and one in another thread neither."""
+    context inside of another one changes nothing. Contexts of other threads have no effect."""
     before = _trusted.get()
     token = _trusted.set(frozenset(names) if before is None else before)
     try:

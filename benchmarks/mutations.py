@@ -141,14 +141,14 @@ MISTAKES = (
     ),
     Mistake(
         "log_prob: sign of the transform",
-        "sbml/density/density.py",
+        "sbml/density/distribution.py",
         "jnp.asarray(logp + log_det, logp.dtype).reshape(batch)",
         "jnp.asarray(logp - log_det, logp.dtype).reshape(batch)",
         ("test_distribution.py::test_a_change_of_variables_keeps_the_mass",),
     ),
     Mistake(
         "sample_and_log_prob: sign of the transform",
-        "sbml/density/density.py",
+        "sbml/density/distribution.py",
         "return y, jnp.asarray(found + log_det, found.dtype)",
         "return y, jnp.asarray(found - log_det, found.dtype)",
         ("test_distribution.py::test_a_change_of_variables_keeps_the_mass",),

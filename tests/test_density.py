@@ -14,7 +14,7 @@ from sbml.audit import oracle
 from sbml.core import pytrees
 from sbml.core.streams import stream
 from sbml.core.types import Array
-from sbml.density import density as density_module
+from sbml.density import distribution
 from sbml.density.estimate import Estimate
 from sbml.density.estimators import base
 from sbml.likelihood import bound
@@ -78,7 +78,8 @@ def test_the_batch_size_changes_nothing_and_the_seed_changes_the_probes() -> Non
 
 @pytest.mark.slow
 def test_only_an_exact_trace_has_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sbml.density.density.exact_batch", lambda dims: 2)
+    for place in ("density", "distribution"):
+        monkeypatch.setattr(f"sbml.density.{place}.exact_batch", lambda dims: 2)
     sizes: list[int] = []
 
     def recorded(f, ids, size):
@@ -242,7 +243,7 @@ def test_weights_that_have_changed_are_read_again(made: str) -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_function_made_anew_is_compiled_once_for_all_its_weights() -> None:
-    kept = density_module._jit(density_module._of_rows, "f", "how", "size").jitted
+    kept = distribution._jit(distribution._of_rows, "f", "how", "size").jitted
     before, found = kept._cache_size(), []
     for w in (1.0, 0.5):
         matrix = w * jnp.eye(2)

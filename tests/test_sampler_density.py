@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 import sbml
+from sbml.core import bits
 from sbml.core.types import Array, conditioned
 from sbml.likelihood.ode import Solver
 from sbml.samplers import (
@@ -27,6 +28,7 @@ from sbml.samplers import (
     Path,
     ReverseDiffusion,
     Transition,
+    denoise,
 )
 from sbml.score import from_prediction
 from sbml.score.divergence import Trace
@@ -153,6 +155,33 @@ def test_samples_have_the_density_of_the_affine_map_for_every_sde(name: str, fam
     sizes = ((1, 1), (16, 2), (2, 50), (64, 10)) if family == "vp" else ((2, 5),)
     for d, n in sizes:
         check_map(name, family, d, n)
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler_maruyama"])
+def test_samples_of_any_sampler_have_the_moments_of_its_affine_steps(name: str) -> None:
+    """Those with a density are the ones that come with it; integers are rounded from E[x_0 | x]."""
+    sampler, mean, variances = KERNELS[name](5), np.array([0.3, -0.2]), np.array([0.1, 0.5])
+    score, n = gaussian(VP(), mean, variances), 4000
+    d = sbml.Density(score, VP(), (2,), eps=EPS, batch_size=n)
+    x = np.asarray(d.sample(KEY, n, sampler=sampler))
+    exact, times = Reference(VP(), score), np.asarray(sampler.times(VP(), EPS))
+    moved, spread = np.stack([np.zeros(2), np.ones(2)]), np.zeros(2)
+    for s, t in zip(times[:-1], times[1:], strict=True):
+        before = moved[1] - moved[0]
+        moved, noise = exact.transition(sampler, moved, float(s), float(t))
+        spread = ((moved[1] - moved[0]) / before) ** 2 * spread + noise**2
+    std = np.sqrt((moved[1] - moved[0]) ** 2 + spread)
+    for i in range(2):
+        assert stats.kstest((x[:, i] - moved[0, i]) / std[i], "norm").pvalue > 1e-3
+    integers = sbml.Density(score, VP(), (2,), 16, EPS, batch_size=n).sample(
+        KEY, 9, sampler=sampler
+    )
+    x_0 = jax.vmap(lambda x: denoise(score, VP(), x, jnp.asarray(EPS)))(x[:9])
+    np.testing.assert_array_equal(integers, bits.to_pixels(x_0, 16))
+    same = DDIM(5)
+    np.testing.assert_allclose(
+        d.sample(KEY, 5, sampler=same), d.sample_and_log_prob(KEY, 5, sampler=same)[0], atol=1e-12
+    )
 
 
 CASES = [(name, "vp") for name in KERNELS] + [("ancestral", "ve"), ("ddim", "edm")]

@@ -1,7 +1,7 @@
 """Checks what users give to a density, and makes arrays of their data and conditions.
 
-x (n, *shape)                      ->  floating-point numbers, or integers 0 .. L - 1
-one condition, or one for each     ->  a pytree of arrays (n, ...), a row for each example
+Data are n examples ``x (n, *shape)``, floating-point numbers or integers 0 .. L - 1. A condition is
+one for all examples, or one for each; it becomes a pytree of arrays with a row for each example.
 """
 
 from typing import Any

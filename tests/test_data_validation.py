@@ -122,7 +122,7 @@ def test_without_images_held_out_there_is_no_such_split() -> None:
         build.Experiment(config)
     config.data.validation = 1.5
     with pytest.raises(
-        ValueError, match=r"data.validation=1.5: need a fraction below 1 or a whole"
+        ValueError, match=r"data.validation=1.5: give a fraction below 1 or a whole"
     ):
         build.Experiment(config)
 

@@ -165,5 +165,5 @@ def test_a_model_of_digits_reconstructs(digits_model: Path, tmp_path: Path) -> N
 
 def test_numbers_of_the_latents_that_are_too_small_are_refused() -> None:
     for field, value in (("count", 1), ("frames", 0), ("steps", 0), ("corrector_steps", 0)):
-        with pytest.raises(ValueError, match=f"latents.{field}={value}: need an integer of"):
+        with pytest.raises(ValueError, match=f"latents.{field}={value}: give an integer of"):
             Experiment(tiny_with(**{field: value}))

@@ -234,7 +234,7 @@ def run_program(
 
 def test_a_refusal_is_one_line_and_the_flag_traceback_shows_more(tmp_path: Path) -> None:
     wrong = (tmp_path, "--mode=train", "--config.optim.lr=0")
-    line = "ValueError: optim.lr=0: need a number above 0 and at most 1"
+    line = "ValueError: optim.lr=0: give a number above 0 and at most 1"
     assert run_program(*wrong) == (1, [line])
     status, lines = run_program(*wrong, "--traceback")
     assert status == 1 and lines[-1] == line
@@ -260,7 +260,7 @@ logging.getLogger("jax").warning("a real warning")
         env=environment,
     )
     shown = runs.finish(process, expect=1).strip().splitlines()
-    assert shown[-1].startswith("ValueError: optim.lr=0: need")
+    assert shown[-1].startswith("ValueError: optim.lr=0: give")
     # Some versions of JAX have their own handler, which shows its warning a second time.
     expected = "findfont: no such font", "a real warning"
     assert all(line.endswith(expected) for line in shown[:-1]), shown
@@ -313,7 +313,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         (("--mode=builtins:print",), "UsageError: --mode=builtins:print needs --args=VALUE"),
         (
             (CONFIG, "--config.data.source=image_folder", "--config.data.shape=60000,60000,3"),
-            "data.shape=60000,60000,3: need at most 2^26 numbers in one image",
+            "data.shape=60000,60000,3: give at most 2^26 numbers in one image",
         ),
         (("--config=paper:",), "ValueError: paper:: no such model; give cifar10"),
         ((CONFIG, "--workdir="), "UsageError: --workdir= names no folder: give one, or leave"),
@@ -356,7 +356,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
             "--process_id=2: several processes need all three",
         ),
         ((CONFIG, "--num_processes=2", "--process_id=1"), "UsageError: --coordinator=: give HOST"),
-        ((CONFIG, f"--config.optim.lr={'a ' * 900}"), ": need a number above 0 and at most 1"),
+        ((CONFIG, f"--config.optim.lr={'a ' * 900}"), ": give a number above 0 and at most 1"),
         ((CONFIG, f"--num_processes={'a' * 1800}"), "aaa ... aaa"),
         ((CONFIG, "--config.optim.lr=\udcff"), "--config.optim.lr=\\udcff is not in UTF-8"),
         ((CONFIG, f"--workdir={__file__}"), "ValueError: --workdir: "),
@@ -387,7 +387,7 @@ def test_flags_that_name_nothing_or_would_be_ignored_are_refused(
         ("return {'mode': 'train'}", "get_config() returned dict; return a ConfigDict"),
         (
             "return default('foo')",
-            "ValueError: model.name=foo: need one of mlp, ncsnpp, unet2d, vdm",
+            "ValueError: model.name=foo: give one of mlp, ncsnpp, unet2d, vdm",
         ),
     ],
 )

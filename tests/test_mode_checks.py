@@ -75,7 +75,7 @@ def test_only_the_dequantizer_that_is_trained_is_evaluated(
     metadata["config"]["dequantizer"]["name"] = "another"
     with pytest.raises(ValueError, match="dequantizer.name is .* the checkpoint's is another"):
         check_dequantizer(checked, metadata)
-    with pytest.raises(ValueError, match=r"dequantizer.name=triangle: need one of"):
+    with pytest.raises(ValueError, match=r"dequantizer.name=triangle: give one of"):
         default(dequantizer="triangle")
 
 

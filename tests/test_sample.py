@@ -182,9 +182,9 @@ def test_the_memory_that_samples_need_is_known(
     tracemalloc.stop()
     needed = sample.memory_needed(experiment.config)
     assert needed / 2 < peak < needed
-    monkeypatch.setattr(sample, "memory", lambda: needed)
+    monkeypatch.setattr(sample, "memory", lambda: giveed)
     sample.check(experiment, workdir, ())
-    monkeypatch.setattr(sample, "memory", lambda: needed - 1)
+    monkeypatch.setattr(sample, "memory", lambda: giveed - 1)
     with pytest.raises(ValueError, match=f"num_images={n}: .* draw at most {n - 1}"):
         sample.check(experiment, workdir, ())
 
@@ -247,15 +247,15 @@ def test_a_strip_goes_with_its_samples(trained: Path, caplog: pytest.LogCaptureF
 @pytest.mark.parametrize(
     ("sampler", "fields", "message"),
     [
-        ({"name": "heun"}, {}, "sampling.sampler.name=heun: need one of ancestral, ddim"),
+        ({"name": "heun"}, {}, "sampling.sampler.name=heun: give one of ancestral, ddim"),
         ({"name": "ode", "spacing": "time"}, {}, "config.sampling.sampler has no field spacing: "),
         ({"name": "ode", "steps": 20}, {}, "config.sampling.sampler has no field steps: it has na"),
         ({"name": "ancestral", "eta": 0.5}, {}, "no field eta: it has name, spacing, steps"),
         ({"name": "ddim", "eta": 1.1}, {}, "config.sampling.sampler: eta is 1.1"),
         ({"name": "ddim", "steps": 0}, {}, "config.sampling.sampler: steps is 0"),
-        ({"name": "ddim", "steps": 2.5}, {}, "sampling.sampler.steps=2.5: need an integer above"),
+        ({"name": "ddim", "steps": 2.5}, {}, "sampling.sampler.steps=2.5: give an integer above"),
         ({"name": "ddim", "spacing": "even"}, {}, "config.sampling.sampler: spacing is 'even'"),
-        ({}, {"corrector": {"name": "mala"}}, "sampling.corrector.name=mala: need one of"),
+        ({}, {"corrector": {"name": "mala"}}, "sampling.corrector.name=mala: give one of"),
         ({}, {"corrector": {"snr": 0.2}}, "config.sampling.corrector has no field snr: it has n"),
         (
             {"name": "ddim"},
@@ -272,8 +272,8 @@ def test_a_strip_goes_with_its_samples(trained: Path, caplog: pytest.LogCaptureF
             {"solver": {"fixed_steps": 9}},
             "sampling.solver.fixed_steps=9: the sampler ddim has no solver: leave it out",
         ),
-        ({}, {"frames": -1}, "sampling.frames=-1: need an integer of at least 0"),
-        ({}, {"num_images": 0}, "sampling.num_images=0: need an integer of at least 1"),
+        ({}, {"frames": -1}, "sampling.frames=-1: give an integer of at least 0"),
+        ({}, {"num_images": 0}, "sampling.num_images=0: give an integer of at least 1"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

@@ -132,7 +132,7 @@ def test_edm_runs_from_its_least_to_its_largest_noise() -> None:
     sde = EDM(sigma_min=0.01, sigma_max=50.0)
     assert float(sde.std(jnp.asarray(sde.smallest_time))) == pytest.approx(0.01)
     assert float(sde.std(jnp.asarray(1.0))) == sde.prior_std == 50.0
-    with pytest.raises(ValueError, match="sigma_min=2.0, sigma_max=1.0: need"):
+    with pytest.raises(ValueError, match="sigma_min=2.0, sigma_max=1.0: give"):
         EDM(sigma_min=2.0, sigma_max=1.0)
 
 
@@ -312,7 +312,7 @@ def test_the_table_of_ddpm_is_near_its_limit() -> None:
         ([1.0, 0.5], r"numbers in \(0, 1\)"),
         ([0.9, math.nan], r"numbers in \(0, 1\)"),
         ([0.9999, 0.99, 0.98], "the last of alpha_bars is 0.98.*cumulative product"),
-        ([0.9, 0.5, 0.5], r"alpha_bars\[1\]=0.5, alpha_bars\[2\]=0.5: need decreasing"),
+        ([0.9, 0.5, 0.5], r"alpha_bars\[1\]=0.5, alpha_bars\[2\]=0.5: give decreasing"),
     ],
 )
 def test_invalid_tables_are_refused(values: list[float], message: str) -> None:

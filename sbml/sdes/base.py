@@ -230,7 +230,7 @@ class Levels(Kernel):
         positive = all(least <= std <= most for std in self.stds)
         if not positive or not all(0 <= mean < math.inf for mean in self.mean_coefs):
             raise ValueError(
-                f"mean_coefs={self.mean_coefs}, stds={self.stds}: need finite numbers, mean_coefs "
+                f"mean_coefs={self.mean_coefs}, stds={self.stds}: give finite numbers, mean_coefs "
                 f"of at least 0 and stds of at least {least:.2g}"
             )
 

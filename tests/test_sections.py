@@ -241,11 +241,7 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
         ("eval.estimators", (), "eval.estimators=: need one or more of bound, bound_ssm, ode"),
         ("eval.dequantizers", (" ",), "eval.dequantizers= : need one or more of categorical"),
         ("mode", (), "mode=: need one or more names"),
-        (
-            "data.shape",
-            (8, 8),
-            "data.shape=8,8: need 3 integers of at least 1 and below 2^16",
-        ),
+        ("data.shape", (8, 8), "data.shape=8,8: need 3 integers of at least 1 and below 2^16"),
         ("data.crop", "left", "data.crop=left: need one of center, random, squash"),
         ("data.crop", Override("Centre"), "crop=Centre: did you mean center? Need one of center, "),
         (

@@ -416,10 +416,8 @@ def _manifest(path: epath.Path) -> Json:
     """``step``, ``leaves``, ``crc32s`` and ``metadata`` of the checkpoint ``path``, whose name is
     its step."""
     manifest = get_step_metadata(path).custom_metadata
-    if not manifest:
-        raise DamagedCheckpointError("its metadata holds no manifest")
-    if _text_crc32(manifest["manifest"]) != manifest["crc32"]:
-        raise DamagedCheckpointError("its metadata fails its CRC32")
+    if not manifest or _text_crc32(manifest["manifest"]) != manifest["crc32"]:
+        raise DamagedCheckpointError("its metadata has no manifest, or fails its CRC32")
     if (found := manifest["manifest"].get("format")) != FORMAT:
         raise OtherModelError(
             f"{path} has the format {found}, and this version of sbml reads the format {FORMAT}: "

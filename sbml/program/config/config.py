@@ -194,8 +194,7 @@ def load(config: str) -> ConfigDict:
         )
     if not isinstance(found, ConfigDict):
         raise ValueError(
-            f"--config={path}: get_config() returned {type(found).__name__}; return a ConfigDict, "
-            "as the files of configs/ do"
+            f"--config={path}: get_config() returned {type(found).__name__}; return a ConfigDict"
         )
     return found
 

@@ -283,8 +283,7 @@ class Checkpoints:
                 if leaf != of_model:
                     raise OtherModelError(
                         f"{path} is of another model. First difference: it holds {_text(leaf)}, "
-                        f"this model has {_text(of_model)}. Use the configuration that saved it, "
-                        "or a new directory"
+                        f"this model has {_text(of_model)}. Use its configuration, or a new folder"
                     )
             state = ocp.load(path, like, checkpointable_name="state")
             # All are computed before the comparison: all processes must take part in gathering.

@@ -368,39 +368,6 @@ def test_fit_recovers_mean_and_covariance():
     np.testing.assert_allclose(noisy.variances, 0.25)
 
 
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    "kwargs, message",
-    [
-        (
-            {"trace": Trace("exact"), "reduction": Reduction(bound.GaussianControl(0, 1, None))},
-            r"trace=Trace\(kind='exact', .* control belongs to the denoising form only",
-        ),
-        ({"eps": 0.0}, "smallest time eps=0.0"),
-        ({"x": np.zeros(3, np.uint8)}, "^x is uint8"),
-        (
-            {"reduction": Reduction(proposal="lattice")},
-            "proposal is 'lattice':.* give a text among 'uniform', 'importance', 'velocity'",
-        ),
-        # This shape would broadcast against n draws without an error, and give far too low a bound.
-        ({"u": jnp.full((4, 1), 0.5)}, "^u is"),
-        ({"u": 5}, "^u is"),
-        ({"u": jnp.asarray([5])}, "^u is int32"),
-        (
-            {"u": jnp.asarray([0.5, 1.5])},
-            r"^u is float32 of shape \(2,\) in \[0.5, 1.5\]: give .* in \[0, 1\]",
-        ),
-        ({"u": jnp.asarray(0.5)}, "^u is"),
-    ],
-)
-def test_invalid_arguments_are_refused(kwargs, message):
-    sde = SDES["vp"]()
-    arguments = {"x": jnp.zeros(3), "eps": EPS, "u": jnp.zeros(1), **kwargs}
-    x = jnp.asarray(arguments.pop("x"))
-    with pytest.raises(ValueError, match=message):
-        bound.elbo(oracle.gaussian(sde).score, sde, x, jax.random.key(0), **arguments)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16"])
 def test_data_of_less_precision_have_noise_of_full_precision(dtype):

@@ -421,61 +421,56 @@ class Own(FixedSteps):
         return x, carry
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda d: d.sample_and_log_prob(KEY, 2, sampler=Ancestral(3)), "is not a chain of fixed"),
-        (lambda d: d.sample_and_log_prob(KEY, 2, sampler=ODE()), "is not a chain of fixed steps"),
-        (
-            lambda d: d.sample_and_log_prob(KEY, 2, sampler=DPMSolver(3)),
-            "DPMSolver has no density.*remembers",
+WITHOUT_DENSITY = [
+    (lambda d: d.sample_and_log_prob(KEY, 2, sampler=Ancestral(3)), "is not a chain of fixed"),
+    (lambda d: d.sample_and_log_prob(KEY, 2, sampler=ODE()), "is not a chain of fixed steps"),
+    (
+        lambda d: d.sample_and_log_prob(KEY, 2, sampler=DPMSolver(3)),
+        "DPMSolver has no density.*remembers",
+    ),
+    (lambda d: d.sample_path(KEY, 2, sampler=DDIM(3)), "the variance of its steps is 0"),
+    (lambda d: d.sample_path(KEY, 2, sampler=Own(3)), "Own has no density.*transition"),
+    (
+        lambda d: d.sample_path(KEY, 2, sampler=Ancestral(3, corrector=Langevin())),
+        "corrector=Langevin.*has no density",
+    ),
+    (
+        lambda d: sbml.Density(d.score, VP(), (101,)).sample_and_log_prob(KEY, 2, sampler=DDIM(3)),
+        "101 dimensions with a sampler.*as much as 102.*max_dims=101",
+    ),
+    (
+        lambda d: d.importance(KEY, 2, jnp.sum, sampler=DDIM(3), max_dims=1),
+        "2 dimensions with a sampler.*max_dims=2",
+    ),
+    (lambda d: d.sample_path(KEY, 2, sampler=DDIM(3, eta=1e-30)), "step 1 of 3.*has no noise"),
+    (lambda d: d.sample_path(KEY, 2, sampler=Quiet(3, eta=1.0)), "step 3 of 3.*has no noise"),
+    (lambda d: dataclasses.replace(d, eps=1e-4).path_log_prob(path_of(d)), "path.times are not"),
+    (
+        lambda d: dataclasses.replace(d, shape=(3,)).path_log_prob(path_of(d)),
+        r"path.x has shape \(2, 4, 2\).*give \(..., 4, 3,\)",
+    ),
+    (lambda d: half(d).path_log_prob(path_of(d)), "the score computes in bfloat16"),
+    (lambda d: half(d).sample_path(KEY, 2, sampler=Ancestral(3)), "computes in bfloat16"),
+    (
+        lambda d: Ancestral(4).path_log_prob(
+            d.score, VP(), Ancestral(3).sample_path(d.score, VP(), jnp.ones(2), KEY, eps=EPS)[0]
         ),
-        (lambda d: d.sample_path(KEY, 2, sampler=DDIM(3)), "the variance of its steps is 0"),
-        (lambda d: d.sample_path(KEY, 2, sampler=Own(3)), "Own has no density.*transition"),
-        (
-            lambda d: d.sample_path(KEY, 2, sampler=Ancestral(3, corrector=Langevin())),
-            "corrector=Langevin.*has no density",
+        r"path of Ancestral\(steps=3",
+    ),
+    (
+        lambda d: euler(lambda x: -50 * jnp.tanh(3 * x)).sample_and_log_prob(
+            KEY, 20, sampler=EULER
         ),
-        (
-            lambda d: sbml.Density(d.score, VP(), (101,)).sample_and_log_prob(
-                KEY, 2, sampler=DDIM(3)
-            ),
-            "101 dimensions with a sampler.*as much as 102.*max_dims=101",
-        ),
-        (
-            lambda d: d.importance(KEY, 2, jnp.sum, sampler=DDIM(3), max_dims=1),
-            "2 dimensions with a sampler.*max_dims=2",
-        ),
-        (lambda d: d.sample_path(KEY, 2, sampler=DDIM(3, eta=1e-30)), "step 1 of 3.*has no noise"),
-        (lambda d: d.sample_path(KEY, 2, sampler=Quiet(3, eta=1.0)), "step 3 of 3.*has no noise"),
-        (
-            lambda d: dataclasses.replace(d, eps=1e-4).path_log_prob(path_of(d)),
-            "path.times are not",
-        ),
-        (
-            lambda d: dataclasses.replace(d, shape=(3,)).path_log_prob(path_of(d)),
-            r"path.x has shape \(2, 4, 2\).*give \(..., 4, 3,\)",
-        ),
-        (lambda d: half(d).path_log_prob(path_of(d)), "the score computes in bfloat16"),
-        (lambda d: half(d).sample_path(KEY, 2, sampler=Ancestral(3)), "computes in bfloat16"),
-        (
-            lambda d: Ancestral(4).path_log_prob(
-                d.score, VP(), Ancestral(3).sample_path(d.score, VP(), jnp.ones(2), KEY, eps=EPS)[0]
-            ),
-            r"path of Ancestral\(steps=3",
-        ),
-        (
-            lambda d: euler(lambda x: -50 * jnp.tanh(3 * x)).sample_and_log_prob(
-                KEY, 20, sampler=EULER
-            ),
-            "density of 20 samples is not known: step 1 of 1 of ODE folds space",
-        ),
-        (
-            lambda d: euler(lambda x: x[::-1] * jnp.inf).sample_and_log_prob(KEY, 2, sampler=EULER),
-            "or is not finite.*0 or not finite at 2",
-        ),
-    ],
-)
+        "density of 20 samples is not known: step 1 of 1 of ODE folds space",
+    ),
+    (
+        lambda d: euler(lambda x: x[::-1] * jnp.inf).sample_and_log_prob(KEY, 2, sampler=EULER),
+        "or is not finite.*0 or not finite at 2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WITHOUT_DENSITY)
 @pytest.mark.usefixtures("unchecked")
 def test_samplers_without_a_density_are_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

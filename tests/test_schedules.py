@@ -304,22 +304,6 @@ def test_the_table_of_ddpm_is_near_its_limit() -> None:
     assert 1e-3 < np.abs(difference(np.linspace(0.05, 1, 50))).max() < 0.2
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ([0.9], "two or more"),
-        ([0.9, 0.5, 0.0], "leave it out"),
-        ([1.0, 0.5], r"numbers in \(0, 1\)"),
-        ([0.9, math.nan], r"numbers in \(0, 1\)"),
-        ([0.9999, 0.99, 0.98], "the last of alpha_bars is 0.98.*cumulative product"),
-        ([0.9, 0.5, 0.5], r"alpha_bars\[1\]=0.5, alpha_bars\[2\]=0.5: give decreasing"),
-    ],
-)
-def test_invalid_tables_are_refused(values: list[float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        AlphaBarTable(values)
-
-
 def test_a_table_is_printed_without_its_levels() -> None:
     text = "AlphaBarTable(3 levels, alpha_bars 0.9 .. 0.25)"
     assert repr(AlphaBarTable([0.9, 0.5, 0.25])) == text

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 import typing
 from typing import Annotated, Any
 
@@ -242,11 +241,7 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
         ("eval.estimators", (), "eval.estimators=: give one or more of bound, bound_ssm, ode"),
         ("eval.dequantizers", (" ",), "eval.dequantizers= : give one or more of categorical"),
         ("mode", (), "mode=: give one or more names"),
-        (
-            "data.shape",
-            (8, 8),
-            "data.shape=8,8: give 3 integers of at least 1 and below 2^16",
-        ),
+        ("data.shape", (8, 8), "data.shape=8,8: give 3 integers of at least 1 and below 2^16"),
         ("data.crop", "left", "data.crop=left: give one of center, random, squash"),
         ("data.crop", Override("Centre"), "crop=Centre: did you mean center? Give one of center, "),
         (
@@ -371,35 +366,6 @@ def test_fields_of_networks_and_dequantizers_refuse_unsuitable_values(
         assert message.startswith(named), message
 
 
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("model.width", 0, "config.model: width is 0"),
-        ("dequantizer.model.filters", 0, "config.dequantizer.model: filters is 0"),
-        (
-            "sde.beta_min",
-            30.0,
-            "config.sde: beta_min=30.0, beta_max=20.0: give numbers with 0 < beta_min",
-        ),
-        ("eval.ode.method", "euler", "config.eval.ode: method=euler has no error estimate"),
-        (
-            "sampling.solver.method",
-            "euler",
-            "config.sampling.solver: method=euler has no error estimate",
-        ),
-    ],
-)
-def test_the_object_that_a_section_builds_also_checks_its_values(
-    name: str, value: Any, message: str
-) -> None:
-    config = tiny.get_config()
-    node, field = node_of(config, name)
-    node[field] = value
-    with pytest.raises(ValueError, match=re.escape(message)):
-        build.Experiment(config).check()
-
-
 def test_unknown_fields_are_named_and_missing_ones_have_their_defaults() -> None:
     for section in ("", "optim", "dequantizer.training", "dequantizer.model", "model", "sde"):
         values = tiny.get_config().to_dict()
@@ -431,49 +397,6 @@ def test_numbers_of_numpy_in_tuples_become_pythons() -> None:
     config.eval.num_importance = (np.int64(1), np.int32(2))
     plain = json.dumps(Config(**config.to_dict()).plain())
     assert '"shape": [8, 8, 1]' in plain and '"num_importance": [1, 2]' in plain
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("path", "/images"), ("crop", "random"), ("test_fraction", 0.5), ("split_seed", 3)],
-)
-def test_fields_of_a_folder_are_refused_for_other_sources(field: str, value: Any) -> None:
-    config = tiny.get_config()
-    config.data[field] = value
-    with pytest.raises(
-        ValueError,
-        match=f"data.{field}=.* with data.source=digits: it is read for image_folder",
-    ):
-        Config(**config.to_dict()).data.images("train")
-
-
-@pytest.mark.parametrize(
-    ("source", "changes", "message"),
-    [
-        (
-            "photos",
-            {"manual_dir": "/archives"},
-            "data.manual_dir=/archives with data.source=photos",
-        ),
-        (
-            "image_folder",
-            {"shape": (8, 8, 2), "levels": 256},
-            r"data.shape=8,8,2: give 3 channels for RGB",
-        ),
-    ],
-)
-def test_data_that_the_source_cannot_give_are_refused(
-    source: str, changes: dict[str, Any], message: str
-) -> None:
-    config = tiny.get_config()
-    config.data.update(source=source, **changes)
-    with pytest.raises(ValueError, match=message):
-        Config(**config.to_dict()).data.images("train")
-
-
-def test_a_training_on_one_discrete_level_is_refused() -> None:
-    with pytest.raises(ValueError, match="training.discrete_levels=1: give 0, or at least 2"):
-        Training(likelihood_weighting=False, importance_sampling=False, discrete_levels=1)
 
 
 def test_the_defaults_of_a_config_are_those_of_its_sections() -> None:

@@ -199,10 +199,6 @@ def needs(hint: Any, broken: Collection[Any] = (), plural: bool = False) -> str:
     """What a value must be, in words: "an integer of at least 1, or None"; usual conditions are
     named only if ``broken``."""
     kind, rules = unwrapped(hint)
-    if isinstance(kind, type) and issubclass(kind, AbstractArray):
-        words = next(words for name, words in _KINDS.items() if kind.__name__.startswith(name))
-        any_shape = kind.dim_str in ("...", "*any")
-        return words if any_shape else f"{words} of shape ({', '.join(kind.dim_str.split())})"
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in _UNIONS:
         # The same words are named once, NumPy's numbers and scalar arrays beside a number never.
@@ -230,6 +226,10 @@ def needs(hint: Any, broken: Collection[Any] = (), plural: bool = False) -> str:
 def _of_class(kind: Any, itself: bool, plural: bool) -> str:
     if kind in _NAMES or not isinstance(kind, type):
         return (_PLURALS if plural else _NAMES).get(kind, str(kind))
+    if issubclass(kind, AbstractArray):
+        words = next(words for name, words in _KINDS.items() if kind.__name__.startswith(name))
+        any_shape = kind.dim_str in ("...", "*any")
+        return words if any_shape else f"{words} of shape ({', '.join(kind.dim_str.split())})"
     public = re.sub(r"\._\w+", "", kind.__module__)
     what = "a class derived from" if itself else "an object of the class"
     return f"{what} {public}.{kind.__name__}"

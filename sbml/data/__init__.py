@@ -92,9 +92,7 @@ def load(name: str, split: str, options: Options = _DEFAULT, **own: object) -> A
       own: the fields of the source's class.
     """
     if split not in (*SPLITS, VALIDATION):
-        raise ValueError(
-            f"unknown split {split!r}: choose one of {', '.join(SPLITS)}, {VALIDATION}"
-        )
+        raise ValueError(f"unknown split {split!r}: give one of {', '.join(SPLITS)}, {VALIDATION}")
     kind, dataset = source_of(name)
     source, options = kind(**own), replace(options, dataset=dataset)
     if split == VALIDATION and not options.validation:

@@ -398,8 +398,7 @@ def _in_u(field: Field, solver: Solver, sign: int = 1) -> Callable[..., Array]:
         slope = field(u**solver.power, y)
         if jnp.shape(slope) != y.shape:
             raise ValueError(
-                f"the field returned shape {jnp.shape(slope)} for y of shape {y.shape}: dy/dt has "
-                "the shape of y"
+                f"the field returned shape {jnp.shape(slope)} for y of shape {y.shape}: return that"
             )
         return sign * _slope(u, solver) * slope
 

@@ -58,7 +58,7 @@ from sbml import likelihood, samplers
 from sbml.core import arguments, bits, pytrees
 from sbml.core.door import checked, shown, typed
 from sbml.core.progress import over
-from sbml.core.scalars import MOST_SWEEPS, Count, Number, at_least, at_most, between, is_traced
+from sbml.core.scalars import Count, Draws, Number, Steps, Sweeps, between, is_traced
 from sbml.core.streams import stream
 from sbml.core.types import (
     Anything,
@@ -89,7 +89,6 @@ from sbml.score import Foreign, NetworkScore
 from sbml.score.divergence import Trace, exact_batch
 from sbml.sdes import SDE
 
-Sweeps = Annotated[int, at_least(2), at_most(MOST_SWEEPS)]  # One gives no error bar.
 Examples = Num[np.ndarray, "n *s"]
 
 PILOT = 256  # examples from which the density of a bound's times is estimated
@@ -461,8 +460,8 @@ class Density:
         condition: Any = None,
         *,
         sweeps: Sweeps = 8,
-        times_each: Count = 2,
-        steps: Count | None = None,
+        times_each: Draws = 2,
+        steps: Steps | None = None,
         reduce: bool = True,
         fit: Any = None,
         progress: bool = False,

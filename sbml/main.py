@@ -93,8 +93,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
         for argument in arguments[1:]:
             flag = argument.partition("=")[0]
             if any("\ud800" <= c <= "\udfff" or c == "\n" for c in argument):
-                said = escaped(argument)
-                raise ValueError(f"{said} is not in UTF-8 in one line: give another name or value")
+                raise ValueError(f"{escaped(argument)} is not in UTF-8 in one line: change it")
             if flag.startswith("--"):
                 name = flag.removeprefix("--").removeprefix("config.")
                 dest = "fields" if flag.startswith("--config.") else "own"

@@ -335,10 +335,10 @@ def _read(path: Any) -> dict[str, np.ndarray]:
         )
     counts = Counter(names)
     bad = (n.splitlines() != [n] or _is_number(n) or counts[n] > 1 for n in names)
-    if wrong := [i for i, is_bad in enumerate(bad) if is_bad]:
+    if (i := next((i for i, is_bad in enumerate(bad) if is_bad), None)) is not None:
         raise ValueError(
-            f"path={path}: column {wrong[0] + 1} has the name {brief(names[wrong[0]])}: the first "
-            "line must name each column, with different names of one line that are no numbers"
+            f"path={path}: column {i + 1} has the name {brief(names[i])}: the first line must name "
+            "each column, with different names of one line that are no numbers"
         )
     return dict(zip(names, columns, strict=True))
 

@@ -358,6 +358,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         ((CONFIG, f"--config.optim.lr={'a ' * 900}"), ": give a number above 0 and at most 1"),
         ((CONFIG, f"--num_processes={'a' * 1800}"), "aaa ... aaa"),
         ((CONFIG, "--config.optim.lr=\udcff"), "--config.optim.lr=\\udcff is not in UTF-8"),
+        ((CONFIG, "--workdir=a\nb"), "--workdir=a\\nb is not in UTF-8 in one line"),
         ((CONFIG, f"--workdir={__file__}"), "ValueError: --workdir: "),
         ((CONFIG, f"--workdir={__file__}/sub"), "test_main.py is a file: give a folder"),
         (("--mode=compare", f"--runs=a,{__file__}"), "ValueError: --runs: "),

@@ -172,9 +172,9 @@ def shown(value: Any, hint: Any = None) -> str:
     return brief(value) if _broken(value, hint) else f"{brief(value)} ({type(value).__name__})"
 
 
-def brief(value: Any) -> str:
-    """The first characters of ``repr(value)``, for messages."""
-    text = repr(value)
+def brief(value: Any, form: Callable[[Any], str] = repr) -> str:
+    """The first characters of ``form(value)``, for messages."""
+    text = form(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -56,7 +56,7 @@ import numpy as np
 from sbml.core import pytrees
 from sbml.core.door import checked, typed
 from sbml.core.progress import over
-from sbml.core.scalars import MOST_SWEEPS, Count, at_least, at_most, between
+from sbml.core.scalars import Count, Draws, Steps, Sweeps, between
 from sbml.core.streams import stream
 from sbml.core.types import Array, Example, Key, Score, conditioned
 from sbml.density import checks, transforms
@@ -75,8 +75,6 @@ from sbml.likelihood.ode import Solver
 from sbml.samplers import Chain
 from sbml.score.divergence import Trace, exact_batch
 from sbml.sdes import SDE
-
-Sweeps = Annotated[int, at_least(2), at_most(MOST_SWEEPS)]  # One gives no error bar.
 
 PILOT = 256  # examples from which the density of a bound's times is estimated
 WALK = 100  # Metropolis steps from a sample to a draw of the target of ``importance``
@@ -203,8 +201,8 @@ class Density(Distribution):
         condition: Any = None,
         *,
         sweeps: Sweeps = 8,
-        times_each: Count = 2,
-        steps: Count | None = None,
+        times_each: Draws = 2,
+        steps: Steps | None = None,
         reduce: bool = True,
         fit: Any = None,
         progress: bool = False,

@@ -166,7 +166,7 @@ class Solver:
     pcoeff: Annotated[Number, finite, at_least(0)] = _static(0.3)
     # With icoeff <= 0 a step would not become shorter after an error that is too large.
     icoeff: Annotated[Number, positive] = _static(0.4)
-    fixed_steps: Steps | None = _static(None)
+    fixed_steps: scalars.Steps | None = _static(None)
     max_steps: Steps = _static(MAX_STEPS)
     adjoint: Annotated[str, one_of("forward", "reverse")] = _static("forward")
 

@@ -30,7 +30,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from sbml.core.door import checked, typed
-from sbml.core.scalars import Count, nonempty, one_of
+from sbml.core.scalars import Count, Draws, nonempty, one_of
 from sbml.core.types import Array, Batch, Example, Key, Scalar
 
 Field = Callable[[Example], Example]
@@ -152,7 +152,7 @@ class Trace:
     """
 
     kind: Annotated[str, one_of(*PROBES, "exact")] = "rademacher"
-    probes: Count = 1
+    probes: Draws = 1
 
     @checked
     def directions(self, key: Key | None, shape: tuple[int, ...]) -> Probes:

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from sbml import data, dequantizers
 from sbml.core import registry
+from sbml.core.door import brief
 from sbml.core.registry import hint, listed
 from sbml.core.scalars import notation
 from sbml.core.types import Json
@@ -233,7 +234,7 @@ def of_checkpoint(
             kinds = (("model.name", "ncsnpp"), ("dequantizer.name", "variational"))
             config = default(*(stored.get(name, usual) for name, usual in kinds)).to_dict()
             for name, value in stored.items():
-                with errors_of(f"{name}={notation(value)}"):
+                with errors_of(f"{notation(name)}={brief(value, notation)}"):
                     node, last = node_of(config, name)
                 node[last] = as_tuples(value)
             return _with_overrides(config, overrides)

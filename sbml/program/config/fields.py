@@ -28,6 +28,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, Field
 
 from sbml.core import door
+from sbml.core.door import brief
 from sbml.core.registry import Registry, hint, listed
 from sbml.core.scalars import notation
 
@@ -103,7 +104,7 @@ def refusal(
 ) -> ValueError:
     """The error for a field ``name`` with an invalid ``value``; ``needs`` says what is valid, and
     ``wrong`` is the part of the value that is none of the ``choices``, if there are any."""
-    return ValueError(f"{name}={notation(value)}: {hint(wrong, choices, f'give {needs}')}")
+    return ValueError(f"{name}={brief(value, notation)}: {hint(wrong, choices, f'give {needs}')}")
 
 
 def _is_plain(annotation: Any) -> bool:
@@ -178,7 +179,7 @@ class Section(pydantic.BaseModel):
         if isinstance(kind, type) and issubclass(kind, Section) and isinstance(value, Mapping):
             return kind(**value)
         value = _parsed(value, kind) if isinstance(value, Override) else as_tuples(value)
-        if _beyond_float32(value):
+        if _beyond_float32(value) or (isinstance(value, str) and "\n" in value):
             raise ValueError
         if isinstance(value, tuple) and value and all(isinstance(name, str) for name in value):
             return tuple(n.strip() for name in value for n in name.split(",") if n.strip())
@@ -242,6 +243,7 @@ def _line(kind: type[Section], values: Mapping[str, Any], error: Any) -> str:
 
 def unknown(section: str, name: str, fields: Collection[str]) -> str:
     """The message for a field that ``section`` does not have."""
+    name = brief(name, notation)
     where, own = f"config.{section}".rstrip("."), f"{section}.".lstrip(".")
     names = listed(name, sorted(fields)) or "none"
     return f"{where} has no field {name}: {hint(name, fields, f'it has {names}', own)}"

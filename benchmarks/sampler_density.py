@@ -38,7 +38,7 @@ import sbml
 from sbml.core.bits import LOG2
 from sbml.core.types import Array
 from sbml.density.density import _walk
-from sbml.density.estimate import Estimate, reference
+from sbml.density.estimate import Estimate
 from sbml.density.posterior import Importance
 from sbml.likelihood.ode import Solver
 from sbml.samplers import DDIM, ODE, Chain, Midpoint
@@ -108,12 +108,6 @@ def table(name: str, density: sbml.Density, n: int, timed: int, unit: float) -> 
             )
 
 
-def errors(density: sbml.Density, x: Array, logp: Array) -> np.ndarray:
-    """The solver's error of ``logp (n, m)`` of samples ``x (n, m, d)``."""
-    strict = dataclasses.replace(density, solver=reference(density.solver))
-    return np.asarray(strict.log_prob(x), float) - np.asarray(logp, float)
-
-
 def coverage(d: int, sampler: Chain | None) -> None:
     """Print the rows of a sampler, or of the ODE, in ``d`` dimensions."""
     density = sbml.Density(lambda x, t, key: -x, sbml.VP(), (d,), eps=1e-3, batch_size=4096)
@@ -122,12 +116,6 @@ def coverage(d: int, sampler: Chain | None) -> None:
     step = 2.4 / d**0.5 * jnp.std(x, axis=0)
     first = x.reshape(RUNS, EACH, d)[:, :TARGETS].reshape(-1, d)
     walks = jax.random.split(keys[1], len(first))
-
-    error = np.zeros((RUNS, density.subset))
-    if sampler is None:
-        few = slice(0, density.subset)
-        known = (a.reshape(RUNS, EACH, *a.shape[1:])[:, few] for a in (x, logp))
-        error = errors(density, *known)
 
     @jax.jit
     def drawn(std: Array) -> tuple[Array, Array, Array]:
@@ -140,9 +128,10 @@ def coverage(d: int, sampler: Chain | None) -> None:
         u, y, u_y = drawn(jnp.asarray(std))
         weights = np.asarray(u - logp, float).reshape(RUNS, EACH)
         of_target = np.asarray(u_y - density._log_prob(y, None, None, sampler), float)
+        none = np.zeros((RUNS, 1))  # The solver's error has no part in the mark.
         found = [
             Importance.of(np.zeros((EACH, d)), *row)
-            for row in zip(weights, error, of_target.reshape(RUNS, TARGETS), strict=True)
+            for row in zip(weights, none, of_target.reshape(RUNS, TARGETS), strict=True)
         ]
         marked = np.array([each.heavy_tailed for each in found])
         right = np.array([abs(each.log_z.mean) <= each.log_z.ci95 for each in found])
@@ -197,7 +186,8 @@ def gaps(name: str, density: sbml.Density) -> None:
             except ValueError as error:  # A step folds space.
                 print(f"| {name} | {label} | {count} | {str(error).partition(':')[0]} | | | |")
                 continue
-            truth = true_gap(density, sampler)
+            if (truth := true_gap(density, sampler)) < 1e-10:
+                continue  # Only rounding is left, as by Heun's method for N(0, I).
             values = np.asarray(logp, float) - np.asarray(density.log_prob(x), float)
             found = []
             for row in values.reshape(RUNS, OF_GAP):

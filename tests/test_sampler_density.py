@@ -1,6 +1,7 @@
 """The densities of samplers against closed forms, quadrature and NumPy."""
 
 import dataclasses
+import functools
 import math
 import warnings
 from typing import Any
@@ -14,6 +15,9 @@ from scipy import stats
 import sbml
 from sbml.core import bits
 from sbml.core.types import Array, conditioned
+from sbml.density.density import _walk
+from sbml.density.estimate import Estimate
+from sbml.density.posterior import Importance
 from sbml.likelihood.ode import Solver
 from sbml.samplers import (
     DDIM,
@@ -30,9 +34,11 @@ from sbml.samplers import (
     Transition,
     denoise,
 )
+from sbml.samplers.density import MapLogProb, check_folds
 from sbml.score import from_prediction
 from sbml.score.divergence import Trace
 from sbml.sdes import SDE, SDES, VP
+from sbml.statistics.intervals import mean_interval
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -278,6 +284,53 @@ def test_a_target_that_the_sampler_covers_is_not_marked() -> None:
     assert abs(found.log_z.mean - truth) < 1.5 * found.log_z.ci95
 
 
+def test_walks_adapt_their_step_to_a_narrow_target() -> None:
+    """Without it, the squared radii of these ends are 1.6 times as large as those of the target."""
+    x = jax.random.normal(KEY, (500, 16))
+    walks = functools.partial(_walk, lambda x: -jnp.sum(x**2) / (2 * 0.5**2), jnp.full(16, 0.6))
+    y, u = jax.jit(jax.vmap(walks))((x, jax.random.split(KEY, len(x))))
+    np.testing.assert_allclose(u, -jnp.sum(y**2, axis=1) / 0.5, rtol=1e-12)
+    assert 1.1 < float(jnp.mean(y**2)) / 0.5**2 < 1.35
+
+
+def test_a_quarter_of_the_error_bar_may_be_missing() -> None:
+    for spread, share, marked in (
+        (0.5, 0.2, False),
+        (0.5, 0.3, True),
+        (0.5, math.nan, True),
+        (1e-5, 10.0, False),  # No digit that is printed is wrong.
+        (1e-5, 1000.0, True),
+    ):
+        weights = np.random.default_rng(0).normal(0, spread, 200)
+        found = Importance.of(np.zeros((200, 1)), weights, np.zeros(2), weights[:9])
+        changed = dataclasses.replace(found, missing=share * found.log_z.ci95)
+        assert changed.heavy_tailed == ("HEAVY TAILS" in str(changed)) == marked
+
+
+def test_a_control_shortens_the_interval_of_a_small_gap(monkeypatch: Any) -> None:
+    """DDIM makes N(0, v I) of the model N(0, I), whose log p is known without an ODE."""
+    d, sampler = sbml.Density(lambda x, t, key: -x, VP(), (2,), eps=EPS), DDIM(80)
+
+    def logp(self: Any, x: np.ndarray, condition: Any) -> Estimate:
+        found = stats.norm.logpdf(x).sum(axis=1)
+        interval = mean_interval(found)
+        return Estimate(found, {"": found}, "nats", EPS, np.zeros(len(x)), interval, interval)
+
+    monkeypatch.setattr(sbml.Density, "logp", logp)
+    found = d.gap(KEY, 256, sampler=sampler)
+    at = sampler.logp(d.score, VP(), jnp.zeros(2), eps=EPS).logp
+    v, plain = math.exp(-float(at)) / (2 * math.pi), mean_interval(found.values)
+    assert abs(found.mean - (v - 1 - math.log(v))) < 1.5 * found.population.ci95
+    assert found.population.ci95 < 0.3 * plain.ci95
+    np.testing.assert_allclose(found.values, sum(found.terms.values()), atol=1e-9)
+    # The control of N(0, .6^2) for N(0, 1) has a heavy tail, and that of a NaN is not known.
+    x = 0.6 * np.random.default_rng(0).normal(size=256)
+    heavy = stats.norm.logpdf(x, scale=0.6) - stats.norm.logpdf(x)
+    for values in (heavy, np.append(found.values[1:], np.nan)):
+        given = dataclasses.replace(found, values=values, population=mean_interval(values))
+        assert given.with_control(np.expm1(-values)) is given
+
+
 @pytest.mark.slow
 def test_the_gap_is_the_kl_of_two_gaussians() -> None:
     mean, variances = jnp.asarray([0.3, -0.2]), jnp.asarray([0.5, 0.1])
@@ -404,6 +457,51 @@ def test_a_step_that_turns_and_is_not_affine_may_fold() -> None:
     """Both axes change their sign, and no determinant does."""
     with pytest.warns(UserWarning, match="step 1 of 1 of ODE may fold space.*at 5 of 5 samples"):
         euler(lambda x: -50 * x - jnp.tanh(x)).sample_and_log_prob(KEY, 5, sampler=EULER)
+
+
+@pytest.mark.parametrize("make", [lambda: DDIM(4), lambda: ODE(Solver("euler", fixed_steps=4))])
+def test_no_affine_chain_folds(make: Any) -> None:
+    """80 scores A x + b each, whose steps turn, mirror and stretch."""
+    rng, sampler = np.random.default_rng(0), make()
+    a, b = rng.normal(size=(80, 3, 3)) * rng.choice([1, 10, 50], (80, 1, 1)), rng.normal(size=3)
+
+    @jax.jit
+    @jax.vmap
+    def drawn(a: Array) -> Any:
+        def one(z: Array) -> Any:
+            return sampler.sample_logp(lambda x, t, key: a @ x + b, VP(), z, eps=EPS)[1]
+
+        return jax.vmap(one)(jax.random.normal(KEY, (4, 3)))
+
+    found = drawn(jnp.asarray(a))
+    assert (found.signs < 0).any() and not found.positive.all()
+    with warnings.catch_warnings(action="error"):
+        for i in range(80):
+            check_folds(sampler, jax.tree.map(lambda leaf, i=i: leaf[i], found))
+
+
+def of_steps(signs: Any, positive: Any, forms: Any) -> MapLogProb:
+    """The densities of 4 samples of 3 steps, whose second step has these numbers."""
+    one = np.ones((4, 3))
+    columns = (np.stack([one[:, 0], column, one[:, 0]], 1) for column in (signs, positive, forms))
+    signs, positive, forms = columns
+    zero = jnp.zeros(4)
+    return MapLogProb(zero, zero, jnp.asarray(signs), jnp.asarray(positive > 0), jnp.asarray(forms))
+
+
+def test_one_negative_determinant_folds_and_only_negative_ones_may_fold() -> None:
+    mixed, bent = of_steps([1, -1, 1, 1], [1, 0, 1, 1], [1, 2, 3, 4]), [1.0, 2.0, 3.0, 4.0]
+    with pytest.raises(ValueError, match="step 2 of 3 .*positive at 3 samples, negative at 1"):
+        check_folds(EULER, mixed)
+    with pytest.raises(ValueError, match="positive at 3 samples, negative at 0, and 0 or not .*1;"):
+        check_folds(EULER, of_steps([1, 0, 1, 1], [1, 0, 1, 1], bent))
+    with pytest.warns(UserWarning, match="step 2 of 3 of ODE may fold space.* at 4 of 4 samples"):
+        check_folds(EULER, of_steps([-1] * 4, [0] * 4, bent))
+    single = jax.tree.map(lambda leaf: leaf[1:2], mixed)  # Alone it shows neither a fold nor none.
+    with pytest.warns(UserWarning, match="step 2 of 3 of ODE may fold space.* at 1 of 1 samples"):
+        check_folds(EULER, single)
+    with warnings.catch_warnings(action="error"):  # It is affine.
+        check_folds(EULER, of_steps([-1] * 4, [0] * 4, [-2] * 4))
 
 
 def path_of(d: sbml.Density) -> Path:

@@ -318,11 +318,12 @@ def few_steps() -> tuple[Density, Law, oracle.Gaussian]:
         return c * mean * (1 - LAST - a / 2), a / 2
 
     solver = Solver(rtol=1e-5, atol=1e-5)
-    return Density(score, HALF, (15,), eps=LAST, batch_size=128, solver=solver), law, data
+    how = {"eps": LAST, "batch_size": 128, "subset": 128, "solver": solver}
+    return Density(score, HALF, (15,), **how), law, data
 
 
 def sampler_rows(name: str) -> Iterator[Row]:
-    """The densities of samplers with few steps for y = exp(2 x), and their distance to the ODE's."""
+    """The densities of samplers with few steps for y = exp(2 x), and the gap to the ODE."""
     (of, law, data), n, key = few_steps(), 128, jax.random.key(0)
     of = replace(of, transform=Exponential())
     y, found = of.sample_and_log_prob(key, n, 2.0, sampler=DRAWN)

@@ -406,15 +406,13 @@ def prior_rows(name: str) -> Iterator[Row]:
 def interval_rows(name: str) -> Iterator[Row]:
     """Intervals of differences, of independent values and of the same images."""
     rng, ids = np.random.default_rng(0), np.arange(400)
-
-    def one() -> Interval:
-        return difference(*(mean_interval(rng.normal(0, s, n)) for s, n in ((1, 30), (3, 10))))
-
-    yield covers_row("difference of two means", name, [one() for _ in ids], 0.0)
+    both = [[mean_interval(rng.normal(0, s, n)) for s, n in ((1, 30), (3, 10))] for _ in ids]
+    found = [difference(*each) for each in both]
+    yield covers_row("difference of two means", name, found, 0.0)
     common, noise, order = rng.normal(size=400), rng.normal(0, 0.1, 400), rng.permutation(400)
-    found = paired((ids, common + noise), (order, common[order]))
-    assert found is not None
-    yield ratio_row("paired difference, standard error", name, found.stderr, 0.1 / 20, 0.2)
+    gap = paired((ids, common + noise), (order, common[order]))
+    assert gap is not None
+    yield ratio_row("paired difference, standard error", name, gap.stderr, 0.1 / 20, 0.2)
 
 
 def codec_rows(name: str) -> Iterator[Row]:

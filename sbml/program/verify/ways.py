@@ -317,9 +317,8 @@ def few_steps() -> tuple[Density, Law, oracle.Gaussian]:
         a = of_steps(v, 0)[1].prod(0) if sampler else flow
         return c * mean * (1 - LAST - a / 2), a / 2
 
-    solver = Solver(rtol=1e-5, atol=1e-5)
-    how = {"eps": LAST, "batch_size": 128, "subset": 128, "solver": solver}
-    return Density(score, HALF, (15,), **how), law, data
+    of = replace(density(data, HALF, 15, LAST), score=score, batch_size=128, subset=128)
+    return replace(of, solver=Solver(rtol=1e-5, atol=1e-5)), law, data
 
 
 def sampler_rows(name: str) -> Iterator[Row]:
@@ -350,7 +349,7 @@ def sampler_rows(name: str) -> Iterator[Row]:
 
 def weights_rows(name: str) -> Iterator[Row]:
     """Weights of samples x of N(m, s^2) for exp(-1/2 |g|^2), where g = (x - m) / (w s). For w < 1,
-    y = exp(2 x) are weighted. With c = sum log(sqrt(2 pi) s),
+    y = exp(2 x) are weighted; for w > 1, walks in y would be slow. With c = sum log(sqrt(2 pi) s),
 
         log weight = c + 1/2 (w^2 - 1) |g|^2,      E weight^2 = Z^2 / (w sqrt(2 - w^2))^d
     """

@@ -354,15 +354,15 @@ MISTAKES = (
     Mistake(
         "importance: walks of one step",
         "sbml/density/density.py",
-        "jax.random.split(key, WALK)",
-        "jax.random.split(key, 1)",
+        "WALK = 100  #",
+        "WALK = 1  #",
         ("test_tails.py::test_the_walks_of_importance_draw_from_the_target",),
     ),
     Mistake(
         "importance: a mark that is ten times laxer",
         "sbml/density/posterior.py",
-        "self.missing <= 0.5 * self.log_z.ci95",
-        "self.missing <= 5 * self.log_z.ci95",
+        "or not self.missing <= ",
+        "or not self.missing / 10 <= ",
         (
             "test_tails.py::test_unmarked_intervals_of_log_z_contain_it_and_bounded_weights_are_not_marked",
         ),

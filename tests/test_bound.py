@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closed_forms import sigma_points
 from families import FAMILIES, FAMILIES_VE_SLOW, coefficients
 from scipy import fft, integrate
 from scipy.stats import norm
@@ -177,7 +178,7 @@ def test_both_forms_have_one_expectation_over_data(case, probes):
 
     @jax.jit
     def both(t):
-        x, z = data.sigma_points()
+        x, z = sigma_points(data)
         dsm = over(bound.diffusion_dsm, data.score, sde, x, t, z, None)
         return dsm, over(bound.diffusion_ssm, data.score, sde, x, t, z, vs)
 
@@ -333,7 +334,7 @@ def test_the_bound_is_tight_for_the_true_score(case):
 
     @jax.jit
     def expectations(xs):
-        x, z = data.sigma_points()
+        x, z = sigma_points(data)
         prior = jax.vmap(lambda x: bound.prior_kl(sde, x))(xs).mean()
         diffusion = jax.vmap(lambda x: control_of(data).integral(sde, x, EPS))(xs).mean()
         error = jax.vmap(lambda x, z: bound.noise_error(data.score, sde, x, t, z))(x, z).mean()

@@ -735,6 +735,11 @@ def test_lost_examples_are_named_and_large_differences_are_kept() -> None:
     assert Posterior.of(
         logp[::2], zero[:2], np.log([0.5, 0.5]), np.arange(1), logp[:1], logp[:1], np.mean
     ).log_score([1, 0]).mean == pytest.approx((2000 + np.log1p(np.exp(-1))) / 2)
+    even, half = np.log([[0.5, 0.5], [0.8, 0.2]]), np.log([0.5, 0.5])
+    known = Posterior.of(even, zero[:2], half, np.arange(2), even, even, lambda w: 0.3)
+    assert known.prior == pytest.approx(2 * 0.3 * (0.25 + 0.16) / 2)
+    two = Importance.of(np.zeros((3, 1)), np.log([3.0, 2.0, 1.0]), zero[:1], zero[:1])
+    assert two.effective == pytest.approx(6**2 / 14)
     weights = np.random.default_rng(6).normal(size=2000) * 5
     none = np.zeros(4)
     assert Importance.of(np.zeros((2000, 1)), weights, none, none).heavy_tailed

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import made_up
 import numpy as np
 import pytest
 import runs
@@ -126,6 +127,11 @@ def test_samples_that_are_not_finite_are_counted(
     )
     drawn = samples.stored(of(experiment, trained / "broken", broken), Preemption())
     assert drawn.failed.all() and f"{count} of {count} samples are not finite" in caplog.text
+
+
+def test_a_gap_is_said_in_bits_per_dimension() -> None:
+    found = -made_up.MadeUp(2, 1, lambda ids, *_: 8 * ids - 12.0).estimate()
+    assert samples.from_model(found, (2, 4)).startswith(f"{8 / (8 * np.log(2)):.4f} +- ")
 
 
 @pytest.mark.slow

@@ -37,12 +37,21 @@ from sbml.samplers import (
 from sbml.samplers.density import MapLogProb, check_folds
 from sbml.score import from_prediction
 from sbml.score.divergence import Trace
-from sbml.sdes import SDE, SDES, VP
+from sbml.sdes import SDE, SDES, VP, RectifiedFlow
 from sbml.statistics.intervals import mean_interval
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 EPS, KEY = 1e-3, jax.random.key(0)
+
+
+class Half(RectifiedFlow):
+    """It ends at t = 1/2, from where the stretch S = 2 leads to T."""
+
+    largest_time = 0.5
+
+
+FAMILIES = {**SDES, "half": Half}
 
 
 def gaussian(sde: SDE, mean: Array, variances: Array) -> Any:
@@ -126,7 +135,7 @@ KERNELS = {
 
 
 def check_map(name: str, family: str, d: int, n: int) -> None:
-    sde, sampler, rng = SDES[family](), MAPS[name](n), np.random.default_rng(d)
+    sde, sampler, rng = FAMILIES[family](), MAPS[name](n), np.random.default_rng(d)
     mean, variances = rng.normal(size=d), rng.uniform(0.1, 2.0, d)
     for dtype, atol in ((jnp.float64, 1e-5), (jnp.float32, 1e-3)):
         score = gaussian(sde, jnp.asarray(mean, dtype), jnp.asarray(variances, dtype))
@@ -151,14 +160,14 @@ def check_map(name: str, family: str, d: int, n: int) -> None:
 
 @pytest.mark.parametrize("name", ["ddim", pytest.param("midpoint", marks=pytest.mark.slow)])
 def test_samples_have_the_density_of_the_affine_map(name: str) -> None:
-    check_map(name, "vp", d=3, n=5)
+    check_map(name, "half", d=3, n=5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["vp", "subvp", "ve", "edm"])
+@pytest.mark.parametrize("family", ["vp", "subvp", "ve", "edm", "half"])
 @pytest.mark.parametrize("name", MAPS)
 def test_samples_have_the_density_of_the_affine_map_for_every_sde(name: str, family: str) -> None:
-    sizes = ((1, 1), (16, 2), (2, 50), (64, 10)) if family == "vp" else ((2, 5),)
+    sizes = ((1, 1), (3, 5), (16, 2), (2, 50), (64, 10)) if family == "vp" else ((2, 5),)
     for d, n in sizes:
         check_map(name, family, d, n)
 
@@ -190,7 +199,8 @@ def test_samples_of_any_sampler_have_the_moments_of_its_affine_steps(name: str) 
     )
 
 
-CASES = [(name, "vp") for name in KERNELS] + [("ancestral", "ve"), ("ddim", "edm")]
+CASES = [("euler_maruyama", "half"), ("ancestral", "ve"), ("ddim", "edm"), ("ddim", "half")]
+CASES += [(name, "vp") for name in KERNELS]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +208,7 @@ CASES = [(name, "vp") for name in KERNELS] + [("ancestral", "ve"), ("ddim", "edm
     CASES[:1] + [pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:]],
 )
 def test_paths_have_the_densities_of_their_normal_steps(name: str, family: str) -> None:
-    sde, sampler = SDES[family](), KERNELS[name](4)
+    sde, sampler = FAMILIES[family](), KERNELS[name](4)
     mean, variances = jnp.asarray([0.3, -0.2]), jnp.asarray([0.5, 0.1])
     score = gaussian(sde, mean, variances)
     z, key = jnp.asarray([0.4, -1.2]) * sde.prior_std, jax.random.key(1)
@@ -331,6 +341,29 @@ def test_a_control_shortens_the_interval_of_a_small_gap(monkeypatch: Any) -> Non
         assert given.with_control(np.expm1(-values)) is given
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_the_gap_is_that_to_the_ode_of_the_same_condition_without_noise() -> None:
+    """Two conditions differ by 4 nats, and the noise of a probe has the standard deviation 1."""
+    sde, sampler, c = VP(), DDIM(6), 3.0
+
+    def score(x: Array, t: Array, key: Any, c: Array) -> Array:
+        a = sde.mean_coef(t)
+        return (a * c - x) / (0.25 * a**2 + sde.std(t) ** 2)
+
+    how = {"eps": EPS, "batch_size": 64, "subset": 64, "trace": Trace("gaussian", 1)}
+    d = sbml.Density(score, sde, (1,), **how)
+    found = d.gap(KEY, 64, c, sampler=sampler)
+    exact = Reference(sde, lambda x, t, key: score(x, t, key, c))
+    ends = np.array([[0.0], [1.0]])
+    times = np.asarray(sampler.times(sde, EPS))
+    for s, t in zip(times[:-1], times[1:], strict=True):
+        ends, _ = exact.transition(sampler, ends, float(s), float(t))
+    (m,), (v,), (a, s, _) = ends[0], (ends[1] - ends[0]) ** 2, exact.at(EPS)
+    of_model = 0.25 * a**2 + s**2
+    kl = 0.5 * (v / of_model + (m - a * c) ** 2 / of_model - 1 - np.log(v / of_model))
+    assert abs(found.mean - kl) < 1.5 * found.population.ci95 + 0.01 < 0.2
+
+
 @pytest.mark.slow
 def test_the_gap_is_the_kl_of_two_gaussians() -> None:
     mean, variances = jnp.asarray([0.3, -0.2]), jnp.asarray([0.5, 0.1])
@@ -390,15 +423,18 @@ def test_the_policy_gradient_is_that_of_the_expected_reward(seed: int) -> None:
     assert float(gradient(theta)) == pytest.approx(float(jax.grad(mean)(theta)), rel=0.02)
 
 
+class Exponential:
+    """y = exp(x)."""
+
+    def forward(self, x: Array) -> Array:
+        return jnp.exp(x)
+
+    def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
+        return jnp.log(y), -jnp.log(y)
+
+
 @pytest.mark.slow
 def test_changes_of_variables_of_samples_and_paths() -> None:
-    class Exponential:
-        def forward(self, x: Array) -> Array:
-            return jnp.exp(x)
-
-        def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
-            return jnp.log(y), -jnp.log(y)
-
     plain, moved, key = of_mixture(), of_mixture(transform=Exponential()), jax.random.key(0)
     (x, logp), (y, of_y) = (d.sample_and_log_prob(key, 4, sampler=DDIM(5)) for d in (plain, moved))
     np.testing.assert_allclose(y, jnp.exp(x))
@@ -408,14 +444,18 @@ def test_changes_of_variables_of_samples_and_paths() -> None:
     np.testing.assert_allclose(moved.path_log_prob(path).total, expected)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_paths_along_any_leading_axes() -> None:
-    d = sbml.Density(lambda x, t, key: -x, VP(), (2,))
-    path, drawn = d.sample_path(KEY, 6, sampler=Ancestral(3))
+    """Given a condition, with a change of variables, and an eps that is not the smallest time."""
+    how = {"eps": EPS, "transform": Exponential()}
+    d = sbml.Density(lambda x, t, key, c: c - x, VP(), (2,), **how)
+    path, drawn = d.sample_path(KEY, 6, 2.0, sampler=Ancestral(3))
     for batch in ((), (2, 3)):
         several = jax.tree.map(lambda a, b=batch: a[: math.prod(b)].reshape(*b, *a.shape[1:]), path)
-        found = d.path_log_prob(several)
+        found = d.path_log_prob(several, 2.0)
         assert found.steps.shape == (*batch, 3)
         np.testing.assert_allclose(found.total.ravel(), drawn.total[: found.total.size], rtol=1e-12)
+        np.testing.assert_allclose(found.transform, -several.x[..., -1, :].sum(axis=-1))
 
 
 def test_a_number_of_jax_is_a_number_of_a_sampler() -> None:
@@ -430,7 +470,8 @@ class Quiet(DDIM):
         return Transition(mean, jnp.where(t == EPS, 0.0, std))
 
 
-EULER = ODE(Solver("euler", fixed_steps=1))
+EULER, TWO = (ODE(Solver("euler", fixed_steps=n)) for n in (1, 2))
+FOLD = lambda x, t, key: jnp.where(t > 0.5, -50 * jnp.tanh(3 * x), -x)  # noqa: E731
 
 
 def euler(score: Any) -> sbml.Density:
@@ -560,6 +601,10 @@ WITHOUT_DENSITY = [
             KEY, 20, sampler=EULER
         ),
         "density of 20 samples is not known: step 1 of 1 of ODE folds space",
+    ),
+    (
+        lambda d: sbml.Density(FOLD, VP(), (2,)).sample_and_log_prob(KEY, 20, sampler=TWO),
+        "density of 20 samples is not known: step 1 of 2 of ODE folds space",
     ),
     (
         lambda d: euler(lambda x: x[::-1] * jnp.inf).sample_and_log_prob(KEY, 2, sampler=EULER),

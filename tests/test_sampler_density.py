@@ -164,7 +164,7 @@ def test_samples_have_the_density_of_the_affine_map(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["vp", "subvp", "ve", "edm", "half"])
+@pytest.mark.parametrize("family", ["vp", "subvp", "ve", "edm"])
 @pytest.mark.parametrize("name", MAPS)
 def test_samples_have_the_density_of_the_affine_map_for_every_sde(name: str, family: str) -> None:
     sizes = ((1, 1), (3, 5), (16, 2), (2, 50), (64, 10)) if family == "vp" else ((2, 5),)

@@ -144,7 +144,11 @@ def test_bits_per_dim_are_of_the_integers() -> None:
     low, high = estimate.population.bounds
     interval = f"95% interval [{low:.4f}, {high:.4f}]"
     own = f"for these examples +-{estimate.this_set_ci95:.4f}, n=12"
-    assert f"bits/dim at t=0.001, {interval}, {own}" in str(estimate)
+    assert f"bits/dim by uniform dequantization at t=0.001, {interval}, {own}" in str(estimate)
+    bound = d.bound(k, sweeps=128)
+    assert abs(bound.population.mean - expected.mean()) < 2 * bound.this_set_ci95 + 0.01 < 0.3
+    assert "bits/dim by uniform dequantization" in str(bound) and bound.sweeps == 128
+    np.testing.assert_allclose(bound.values, sum(bound.terms.values()), rtol=1e-12)
     assert estimate.eps == (-estimate).eps == EPS
     assert estimate.population.ci95 != pytest.approx(estimate.this_set_ci95, rel=1e-3)
 

@@ -17,7 +17,7 @@ number for each example and its mean with error bars (:class:`~sbml.density.esti
     density.logp(x)                 log p_eps(x) of continuous data in nats, by the ODE
     density.bits_per_dim(pixels)    of integers, by the ODE with uniform dequantization
     density.evaluate(data)          the one of these two that fits the type of the data
-    density.bound(x)                the evidence bound on -log p(x) in nats
+    density.bound(x)                the evidence bound on -log p(x) in nats, of integers in bits/dim
     density.classify(x, c)          log p(x | c) for several conditions c, and their posterior
     density.importance(key, n, u)   weights of samples for a density exp(u), and its normaliser
     density.gap(key, n, sampler=s)  KL of a sampler's density from that of the ODE
@@ -53,7 +53,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml.core import pytrees
+from sbml.core import bits, pytrees
 from sbml.core.door import checked, typed
 from sbml.core.progress import over
 from sbml.core.scalars import Count, Draws, Steps, Sweeps, between
@@ -68,11 +68,12 @@ from sbml.density.estimators import ode as ode_estimator
 from sbml.density.estimators.base import Estimator, Rows, Target, rows
 from sbml.density.measurement import Measurement
 from sbml.density.posterior import Importance, Posterior
-from sbml.dequantizers import uniform
+from sbml.dequantizers import decoders, uniform
 from sbml.likelihood import ode
 from sbml.likelihood.bound import GaussianControl, Reduction, pilot
 from sbml.likelihood.ode import Solver
 from sbml.samplers import Chain
+from sbml.score import NetworkScore
 from sbml.score.divergence import Trace, exact_batch
 from sbml.sdes import SDE
 
@@ -192,7 +193,8 @@ class Density(Distribution):
         k, levels = checks.integers(pixels, self.shape, self.levels)
         target = Target(self.sde, self._eps, levels, uniform.Model())
         run, title = self._by_ode(k, target, condition), "bits/dim" if progress else ""
-        return dataclasses.replace(run, check=check, progress=title).estimate()
+        found = dataclasses.replace(run, check=check, progress=title).estimate()
+        return dataclasses.replace(found, dequantization=" by uniform dequantization")
 
     @checked
     def bound(
@@ -207,13 +209,14 @@ class Density(Distribution):
         fit: Any = None,
         progress: bool = False,
     ) -> Estimate:
-        """The evidence bound on -log p(x), in nats, of ``x (n, *shape)``.
+        """The evidence bound on -log p(x) of ``x (n, *shape)``, in nats; of integers, in bits/dim.
 
         The terms are ``prior``, ``diffusion`` and ``reconstruction``, see ``sbml.bound``, and
-        ``transform`` with a change of variables.
+        ``transform`` with a change of variables. Integers are dequantized uniformly, as by
+        :meth:`bits_per_dim`, or coded by the learned decoder of an integer denoiser of bin centres.
 
         Args:
-          x: continuous data.
+          x: continuous data, or integers if there are ``levels``.
           condition: for a conditional score.
           sweeps: the number of independent passes over the data. The error bar of the random draws
             is estimated from the spread of their means.
@@ -229,12 +232,25 @@ class Density(Distribution):
           progress: whether to show a progress bar.
 
         Raises:
-          ValueError: if ``x`` are not floating-point numbers of that shape.
+          ValueError: if ``x`` are neither floating-point numbers nor integers of that shape.
         """
-        data, log_det = self._model_data(x)
+
+        def in_scale(x: Any) -> tuple[Examples, np.ndarray]:
+            if not jnp.issubdtype(np.asarray(x).dtype, jnp.integer):
+                return self._model_data(x)
+            k, levels = checks.integers(x, self.shape, self.levels)
+            return np.asarray(bits.to_model(jnp.asarray(k), 0.5, levels)), np.zeros(len(k))
+
+        (data, log_det), target, by = in_scale(x), Target(self.sde, self._eps), ""
+        measured = data
+        if jnp.issubdtype(np.asarray(x).dtype, jnp.integer):
+            measured, model, by = np.asarray(x), uniform.Model(), " by uniform dequantization"
+            if isinstance(self.score, NetworkScore) and self.score.has_decoder:
+                model, by = decoders.Learned(), " by the learned decoder"
+            target = Target(self.sde, self._eps, self.levels, model)
         reduction = Reduction()
         if reduce:
-            fitted = data if fit is None else self._model_data(fit)[0]
+            fitted = data if fit is None else in_scale(fit)[0]
             # This added variance does not change the expectation. Without it, the control would be
             # far off in directions without variance, such as those of constant pixels.
             noise = 0.02 * float(np.var(fitted))
@@ -244,12 +260,12 @@ class Density(Distribution):
         if steps is not None:
             estimator = bound.InSteps(times_each, reduction=reduction, steps=steps)
         run = dataclasses.replace(
-            self.measurement(estimator, Target(self.sde, self._eps), data, condition),
+            self.measurement(estimator, target, measured, condition),
             sweeps=sweeps,
             progress="bound" if progress else "",
             shown=lambda ids, values: values - log_det[ids],
         )
-        found = run.estimate()
+        found = dataclasses.replace(run.estimate(), dequantization=by)
         return found if self.transform is None else found.with_term("transform", -log_det)
 
     @checked

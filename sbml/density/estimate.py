@@ -43,6 +43,7 @@ class Estimate:
       solver: how the ODE was solved; None for a bound.
       prior_error: the error that comes from using the prior in place of p_T, in ``unit``; None for
         a bound, which contains it.
+      dequantization: how integers were dequantized, in words; "" for continuous data.
       target_se: the standard error of a bound's draws that was asked for; 0 for none.
       tail: ``intervals.pareto_k`` of the draws of a bound, or of the weights of their times if
         that is larger; nan for an ODE, and for few draws.
@@ -63,6 +64,7 @@ class Estimate:
     prior_error: PriorError | None = None
     target_se: float = 0.0
     tail: float = math.nan
+    dequantization: str = ""
 
     @property
     def mean(self) -> float:
@@ -125,7 +127,7 @@ class Estimate:
         return dataclasses.replace(self, population=found) if halved else self
 
     def __repr__(self) -> str:
-        text = line(self.row(), self.unit, "examples")
+        text = line(self.row(), self.unit, "examples", self.dequantization)
         if self.solver is not None and self.solver_error is None:
             text += f", {self.unconverged()}"
         elif not self.converged:

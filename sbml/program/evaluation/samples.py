@@ -160,7 +160,7 @@ def stored(trained: Trained, preemption: Preemption) -> Samples:
     failed, a warning gives their number.
     """
     experiment, config = trained.experiment, trained.experiment.config.sampling
-    parts = Parts(trained.workdir / "sampling", identity(trained))
+    parts = Parts(trained.workdir / "sampling", identity(trained), preemption)
     all_ids = np.arange(config.num_images)
     missing = np.setdiff1d(all_ids, parts.read().get("id", []))
     size = sharding.round_up(min(config.batch_size, config.num_images))
@@ -169,11 +169,9 @@ def stored(trained: Trained, preemption: Preemption) -> Samples:
     bar = Bar(f"samples by {config.sampler.name}", "sample", len(all_ids), done)
     with bar:
         for ids, batch in in_batches(sample, missing, size):
-            if jax.process_index() == 0:
-                parts.write({"id": ids, "sweep": np.zeros_like(ids), **batch._asdict()})
+            parts.write({"id": ids, "sweep": np.zeros_like(ids), **batch._asdict()})
             bar.update(len(ids))
-            preemption.leave_if_requested("the samples so far are stored")
-    sharding.barrier("sampled")
+    parts.flush()
     columns = parts.read()
     for other in parts.other_versions():
         logging.warning("an earlier command drew some samples with other versions: %s", other)

@@ -58,24 +58,20 @@ def run(trained: Trained, preemption: Preemption) -> Workdir:
         logging.warning(warning)
     # All cells are set up before the first is computed, so that errors appear at once.
     runs = [run_of(evaluation, cell, dequantizations[cell.dequantizer]) for cell in cells]
-    results, numbers = [], []
     for run in runs:
-        numbers.append(run.finish())
-        results.append(run.result(numbers[-1]))
-        print(result.line(results[-1]))
+        print(result.line(run.row))
     profiled = next((run for run in runs if run.cell.kind.reducible), None)
     loss = levels.measure(profiled) if profiled and config.bound.level_images else None
     classified = classifier.classify(evaluation)
     for name, value in classified.items():
         print(f"classifier: {name} {intervals.cell(value)}")
-    pairs = zip(runs, numbers, strict=True)
-    found = [warning for run, number in pairs for warning in run.warnings(number)]
-    found += table.contradictions(runs, numbers)
+    found = [warning for run in runs for warning in run.warnings]
+    found += table.contradictions(runs)
     found += classifier.cautions(classified, config.ode.solver_budget)
     for warning in found:
         logging.warning(warning)
-    tables = table.columns(evaluation, runs, numbers)
-    content = table.evaluation(evaluation, results, tables, [*warnings, *found])
+    tables = table.columns(evaluation, runs)
+    content = table.evaluation(evaluation, runs, tables, [*warnings, *found])
     more = {"undefined": undefined, "classifier": classified, "noise_levels": loss}
     content |= {name: value for name, value in more.items() if value}
     out = Workdir(trained.workdir / "train") if config.split == "train" else trained.workdir

@@ -177,13 +177,11 @@ def stored(trained: Trained, preemption: Preemption) -> Samples:
         logging.warning("an earlier command drew some samples with other versions: %s", other)
     chosen = np.isin(columns["id"], all_ids)
     samples = Samples(*(columns[name][chosen] for name in Samples._fields))
-    if samples.failed.any():
+    if len(failed := np.flatnonzero(samples.failed)):
         logging.warning(
-            "%d of %d samples are not finite or not solved; the first are %s. Try smaller "
-            "tolerances or more steps, or a network that was trained longer",
-            samples.failed.sum(),
-            len(samples.failed),
-            np.flatnonzero(samples.failed)[:5],
+            f"{len(failed)} of {len(samples.failed)} samples are not finite or not solved; the "
+            f"first are {failed[:5]}. Try smaller tolerances or more steps, or a network that was "
+            "trained longer"
         )
     return samples
 

@@ -15,7 +15,6 @@ from sbml.program.config.trained import Trained
 from sbml.program.evaluation import classifier, levels, table
 from sbml.program.evaluation.cells import Evaluation, check_first_batch, run_of
 from sbml.program.report import result
-from sbml.program.report.result import strict
 from sbml.program.runtime.preemption import Preemption
 from sbml.program.runtime.workdir import EVALUATION, Workdir
 from sbml.statistics import intervals
@@ -78,6 +77,6 @@ def run(trained: Trained, preemption: Preemption) -> Workdir:
     # First the columns, and then the evaluation that names them.
     for name, columns in tables.items():
         out.write(name, columns)
-    out.write(EVALUATION, strict(content))
+    out.write(EVALUATION, content)
     out.keep("per_image*.npz", tables)  # Others are of an earlier evaluation.
     return out

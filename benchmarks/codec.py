@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from sbml.codec import bits_back, file
-from sbml.codec.stack import Lanes
+from sbml.codec.bits_back import Lanes
 from sbml.program.config import config as configs
 from sbml.program.config.build import Experiment
 from sbml.program.config.compatibility import of_workdir

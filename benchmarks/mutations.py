@@ -271,7 +271,7 @@ MISTAKES = (
     ),
     Mistake(
         "codec: bits not scrambled",
-        "sbml/codec/stack.py",
+        "sbml/codec/bits_back.py",
         "((upper + pad) % 2**PRECISION)",
         "((upper + 0 * pad) % 2**PRECISION)",
         ("test_codec.py::test_scrambled_bits_are_independent_of_what_was_pushed",),

@@ -51,16 +51,16 @@ def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
         few = {"max_images": 16, "batch_size": 16, "ode": {"subset": 16, **ode}}
         return cell_run(trained, tmp_path, ODE, **few)
 
-    tight = solved().finish()
+    tight = solved().number
     assert tight.converged and abs(tight.solver_error.mean) < 3e-5
     assert 0 < tight.prior_error.mean < tight.prior_error.each < 1e-3
     run = solved(rtol=0.1, atol=0.1, solver_budget=1e-5)
-    result = run.finish()
+    result = run.number
     finer = solved(rtol=2e-5, atol=2e-5)
     error = np.mean(result.values - numbers(finer, run.measurement.ids))
     assert result.solver_error.mean == pytest.approx(error) and abs(error) > 1e-5
     assert not result.converged
-    (warning,) = (w for w in run.warnings(result) if "NOT CONVERGED" in w)
+    (warning,) = (w for w in run.warnings if "NOT CONVERGED" in w)
     shown = notation(result.solver_error.mean, ".3g")
     assert f"NOT CONVERGED: the solver's error is {shown} +-" in warning
     assert warning.endswith("as in --config.eval.ode.rtol=0.01 --config.eval.ode.atol=0.01")
@@ -90,18 +90,18 @@ def test_eight_euler_steps_are_refused(trained, tmp_path):
     refused = "8 euler steps are refused: the solver's error is .* above the budget 0.001 .*"
     refused += "eval.ode.fixed_steps=0 and eval.ode.method=tsit5"
     with pytest.raises(ValueError, match=refused):
-        run.finish()
+        run.number  # noqa: B018
 
 
 @pytest.mark.slow
 def test_noise_of_an_ode_cell_is_measured_by_a_second_draw_of_a_subset(trained, tmp_path):
     run = cell_run(trained, tmp_path, ODE, max_images=40, batch_size=16, ode={"subset": 8})
-    result = run.finish()
+    result = run.number
     one, other = (numbers(run, run.measurement.subset, draw) for draw in (0, 1))
     variance = np.mean((one - other) ** 2) / 2  # The variance of one image's noise.
     assert result.this_set.stderr == pytest.approx(np.sqrt(variance / 40), rel=1e-5)
     half = half_width(*repeated_stderr(one, other, 40))
-    shown = run.result(result)
+    shown = run.row
     assert shown["this_set_ci95"] == result.this_set_ci95 == pytest.approx(half, rel=1e-5)
     expected = stats.t.interval(0.95, 39, result.mean, stats.sem(result.values))
     np.testing.assert_allclose(shown["interval"], expected, rtol=1e-6)
@@ -117,8 +117,7 @@ def test_times_with_heavy_weights_are_warned_of_and_the_defaults_are_not(trained
     for fields in ({}, {"importance": "velocity", "proposal_bins": 0}):
         few = {"max_images": 40, "batch_size": 16, "bound": {"sweeps": 3, **fields}}
         run = cell_run(trained, tmp_path, BOUND, **few)
-        number = run.finish()
-        result, warnings = run.result(number), run.warnings(number)
+        result, warnings = run.row, run.warnings
         warnings = [w for w in warnings if "HEAVY TAILS" in w]
         assert bool(fields) == ("HEAVY TAILS" in report.line(result)) == bool(warnings)
         assert (result["tail"] > 0.7) == bool(fields)
@@ -200,7 +199,7 @@ def test_the_smallest_time_of_a_number(trained, tmp_path):
     ):
         run = cell_run(trained, tmp_path, cell, max_images=2, batch_size=2, **fields)
         assert run.measurement.target.eps == pytest.approx(eps, rel=1e-3)
-    shown = run.result(run.finish())
+    shown = run.row
     assert shown["smallest_time"] == pytest.approx(eps, rel=1e-3)
     at = f"bits/dim at t={notation(eps, '.3g')} on digits test"
     assert at in report.line(shown).replace(" NOT CONVERGED", "")
@@ -210,7 +209,7 @@ def test_the_smallest_time_of_a_number(trained, tmp_path):
 def test_one_image_has_a_known_error_of_the_solver(trained, tmp_path):
     """Its batch is not padded to ``eval.batch_size``, which would not fit in memory here."""
     run = cell_run(trained, tmp_path, ODE, max_images=1, batch_size=2**31 - 1)
-    result = run.finish()
+    result = run.number
     assert run.measurement.batch_size == jax.device_count()
     assert len(result.values) == 1 and result.solver_error.ci95 == 0 and result.converged
 
@@ -231,7 +230,7 @@ def test_the_bar_shows_the_mean_of_all_rows_so_far(trained, tmp_path, monkeypatc
     known = np.intersect1d(run.measurement.ids, np.arange(10))
     values = list(numbers(run, known, 0))
     monkeypatch.setattr(Bar, "update", recorded)
-    result = run.finish()
+    result = run.number
     expected = []
     for sweep, ids in enumerate(
         [np.setdiff1d(run.measurement.ids, known), *[run.measurement.ids] * (sweeps - 1)]
@@ -245,7 +244,7 @@ def test_the_bar_shows_the_mean_of_all_rows_so_far(trained, tmp_path, monkeypatc
     assert own == expected and len(set(own)) > 1
     assert own[-1] == f"{result.population.mean:.3f} bits/dim"
     # The same name as in the result that is printed.
-    assert report.cell(run.result(result)).title == cell.title
+    assert report.cell(run.row).title == cell.title
 
 
 @pytest.mark.slow
@@ -257,8 +256,8 @@ def test_sweeps_draw_times_of_their_own(trained, tmp_path):
 @pytest.mark.slow
 def test_target_se_sweeps_until_it_is_reached(trained, tmp_path):
     first = cell_run(trained, tmp_path, BOUND, bound={"sweeps": 3})
-    target = first.finish().this_set.stderr / 1.5
-    more = cell_run(trained, tmp_path, BOUND, bound={"sweeps": 3, "target_se": target}).finish()
+    target = first.number.this_set.stderr / 1.5
+    more = cell_run(trained, tmp_path, BOUND, bound={"sweeps": 3, "target_se": target}).number
     assert more.sweeps > 3 and more.this_set.stderr <= target
     means = [numbers(first, np.arange(360), r).mean() for r in range(more.sweeps)]
     assert more.this_set.stderr == pytest.approx(stats.sem(means))
@@ -267,14 +266,13 @@ def test_target_se_sweeps_until_it_is_reached(trained, tmp_path):
     assert more.values.mean() == pytest.approx(np.mean(means))
     bound = {"sweeps": 3, "max_sweeps": 4, "target_se": 1e-9}
     short = cell_run(trained, tmp_path, BOUND, bound=bound)
-    few = short.finish()
-    (warning,) = short.warnings(few)
-    assert few.sweeps == 4 and "after 4 sweeps" in warning and "target_se=1e-9" in warning
+    (warning,) = short.warnings
+    assert short.number.sweeps == 4 and "after 4 sweeps" in warning and "target_se=1e-9" in warning
 
 
 @pytest.mark.slow
 def test_a_target_is_not_judged_by_few_sweeps(trained, tmp_path):
     bound = {"sweeps": 1, "target_se": 1.0}
     run = cell_run(trained, tmp_path, BOUND, max_images=20, batch_size=16, bound=bound)
-    result = run.finish()
+    result = run.number
     assert result.sweeps == 8 and 0 < result.this_set.stderr < 10

@@ -89,7 +89,7 @@ def test_scrambled_bits_are_independent_of_what_was_pushed() -> None:
             if scrambled:
                 raw = np.random.Philox(key=i).random_raw(3)
                 pad = (raw >> np.uint64(40)).astype(np.int64)
-                stacks.Lanes([stack], np.zeros(1, int)).scramble(pad)
+                bits_back.Lanes([stack], np.zeros(1, int)).scramble(pad)
             pairs.append((pushed[0], normal.pop(stack, mean)[0]))
         correlations.append(abs(np.corrcoef(np.array(pairs).T)[0, 1]))
     assert correlations[0] > 0.9 and correlations[1] < 4 / math.sqrt(300)
@@ -197,7 +197,7 @@ def test_images_come_back_and_their_length_is_the_bound(data: Any) -> None:
     nets = []
     for number, batch in enumerate(np.split(pixels, 10)):
         before = np.array([coder.num_valid_bits() for coder in coders])
-        c.encode(stacks.Lanes(coders, rows), batch, number)
+        c.encode(bits_back.Lanes(coders, rows), batch, number)
         nets.append(np.array([coder.num_valid_bits() for coder in coders]) - before)
     x, keys = pixels, jax.random.split(jax.random.key(1), len(pixels))
     if data == "uniform":

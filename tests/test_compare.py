@@ -9,11 +9,11 @@ import pytest
 import runs
 from scipy import stats
 
-from sbml.core.files import json_line
+from sbml.core.files import json_line, strict
 from sbml.program.modes import compare
 from sbml.program.report import comparison
 from sbml.program.report.comparison import Run
-from sbml.program.report.result import read, strict
+from sbml.program.report.result import read
 from sbml.program.runtime.trees import table_crc32, tree_crc32
 from sbml.program.runtime.workdir import EVALUATION, PER_IMAGE, QUALITY, SAMPLES, Workdir
 

@@ -72,7 +72,7 @@ def test_the_report_says_what_was_restored(coded: Path) -> None:
     page = (coded / "report.html").read_text()
     disk = read_json(coded / CODEC, "")["disk"]
     assert f"Compressed and restored: 20 of 20 images, {disk:.4f} bits/dim on disk." in page
-    assert summary.codec_of(Workdir(coded), {"parameters_crc32": 1}) is None
+    assert summary.made_of(Workdir(coded), CODEC, {"parameters_crc32": 1}) is None
 
 
 @pytest.mark.slow

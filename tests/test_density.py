@@ -15,7 +15,7 @@ from sbml.core import pytrees
 from sbml.core.streams import stream
 from sbml.core.types import Array
 from sbml.density import distribution
-from sbml.density.estimate import Estimate
+from sbml.density.estimate import Estimate, contradiction
 from sbml.density.estimators import base
 from sbml.likelihood import bound
 from sbml.likelihood.ode import Solver
@@ -414,3 +414,16 @@ INVALID = [
 def test_invalid_arguments_are_refused(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_ode_far_above_its_bound_is_a_contradiction() -> None:
+    """A score of rounded numbers: a step function of x, whose divergence is 0 almost everywhere."""
+    d = sbml.Density(
+        lambda x, t, key: -jnp.round(x), VP(), (3,), solver=Solver("heun", fixed_steps=9)
+    )
+    x = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
+    logp, bound = d.logp(x, check=False), d.bound(x)
+    text = contradiction(-logp, bound, most=0.2)
+    gap = float(np.mean(-logp.values - bound.values))
+    assert gap > 0.5 and text.startswith(f"the number of the ODE is {gap:.3f} +- ")
+    assert not contradiction(-logp, bound, most=gap + 1)

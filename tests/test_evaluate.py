@@ -207,14 +207,23 @@ def test_a_bound_far_below_the_ode_gives_a_warning(above, said):
     """The noise of the images is common to both, so the difference is paired."""
     bound = np.random.default_rng(0).normal(3, 1, 50)
     ids = SimpleNamespace(ids=np.arange(50))
-    runs = [
-        SimpleNamespace(cell=cell, measurement=SimpleNamespace(**vars(ids), estimator=kind()))
-        for cell, kind in ((ODE, ode.Estimator), (BOUND, bounds.Estimator))
+    numbers = [
+        SimpleNamespace(values=bound + more, solver=solver, unit="bits/dim")
+        for more, solver in ((above, 1), (0.0, None))
     ]
-    numbers = [SimpleNamespace(values=bound + above, solver=1), SimpleNamespace(values=bound)]
-    numbers[1].solver = None
-    found = contradictions(runs, numbers)
-    assert [each.startswith(f"ode uniform is {above:.3f} +- ") for each in found] == [True] * said
+    kinds = ((ODE, ode.Estimator), (BOUND, bounds.Estimator))
+    found = contradictions(
+        [
+            SimpleNamespace(
+                cell=cell,
+                measurement=SimpleNamespace(**vars(ids), estimator=kind()),
+                number=number,
+            )
+            for (cell, kind), number in zip(kinds, numbers, strict=True)
+        ]
+    )
+    start = f"ode uniform against bound uniform: the number of the ODE is {above:.3f} +- "
+    assert [each.startswith(start) for each in found] == [True] * said
 
 
 def test_files_that_are_not_used_are_named_once_for_each_split(trained, tmp_path):

@@ -10,10 +10,10 @@ import runs
 import tiny
 
 from experiments import samplers, schedule, table2, toy2d
+from sbml.core.files import strict
 from sbml.density.estimate import Estimate
 from sbml.likelihood.ode import Solver
 from sbml.networks import mlp
-from sbml.program.report.result import strict
 from sbml.statistics.intervals import Interval
 
 FEATURES = '    config.eval.quality.features = "digits_classifier"\n'

@@ -22,7 +22,6 @@ from sbml.core.files import DamagedFileError, json_line
 from sbml.program.modes import report
 from sbml.program.report import summary
 from sbml.program.report.pictures import write_png
-from sbml.program.report.result import strict
 from sbml.program.runtime import history, lock, metrics
 from sbml.program.runtime.lock import BusyError
 from sbml.program.runtime.trees import table_crc32
@@ -70,7 +69,7 @@ def evaluated(workdir: Path, checkpoint: dict[str, int]) -> float:
         "model": {"name": "mlp", "parameters": 8480},
         "data": {"test": images.fingerprint},
     }
-    Workdir(workdir).write(EVALUATION, strict(evaluation))
+    Workdir(workdir).write(EVALUATION, evaluation)
     columns = {"id": np.arange(len(bits)), "ode_uniform_bits_per_dim": bits}
     Workdir(workdir).write(PER_IMAGE, columns)
     return float(bits.mean())

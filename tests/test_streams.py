@@ -102,7 +102,7 @@ def density(method):
 def evaluation(workdir):
     evaluated = shared(workdir)
     found = evaluated.dequantization("uniform")
-    run_of(evaluated, Cell("bound", "uniform"), found).finish()
+    run_of(evaluated, Cell("bound", "uniform"), found).measurement.estimate()
 
 
 def noise_levels(workdir):

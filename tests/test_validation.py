@@ -14,7 +14,7 @@ import tiny
 from sbml.density.estimators import Cell
 from sbml.program.config import build
 from sbml.program.config.trained import Trained
-from sbml.program.evaluation import cells, validation
+from sbml.program.evaluation import cells
 from sbml.program.modes import eval as evaluation
 from sbml.program.modes import train
 from sbml.program.report import page
@@ -66,7 +66,7 @@ def test_a_point_is_the_mean_over_images_and_sweeps(digits_model, tmp_path):
     config.eval.bound.update(sweeps=2, control=False)
     experiment = build.Experiment(config)
     restored, train_images = experiment.restore(digits_model), experiment.images("train")
-    validate = validation.validator(experiment, train_images, restored.metadata, Workdir(tmp_path))
+    validate = train.validator(experiment, train_images, restored.metadata, Workdir(tmp_path))
     point = validate(restored.state)
     cell, shown = Cell("bound", "uniform"), experiment.for_validation()
     images = experiment.images("validation")

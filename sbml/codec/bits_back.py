@@ -46,9 +46,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml.codec import stack
 from sbml.codec.chain import Chain
-from sbml.codec.stack import Lanes, Normal
+from sbml.codec.stack import PRECISION, Coder, Normal, categorical, coder, uniform
 from sbml.core.types import Array, Batch, Score, batch_score, optional
 from sbml.likelihood import discrete
 
@@ -60,6 +59,61 @@ NORMAL_BITS = math.log2(math.sqrt(2 * math.pi * math.e))  # the entropy of N(0, 
 
 class CodedFileError(ValueError):
     """A file that is no coded file, is damaged, or was made by another model or machine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lanes:
+    """Stacks that each code one image at the same time.
+
+    Attributes:
+      stacks: n coders.
+      rows: the row of each in the batches of the network, ``(n,)``.
+    """
+
+    stacks: Sequence[Coder]
+    rows: np.ndarray
+
+    def scramble(self, pad: np.ndarray) -> None:
+        """Add the integers ``pad (m,)`` to the upper m numbers of 24 bits; ``-pad`` undoes it."""
+        model = uniform(2**PRECISION)
+        for stack in self.stacks:
+            upper = stack.decode(model, len(pad)).astype(np.int64)
+            stack.encode_reverse(((upper + pad) % 2**PRECISION).astype(np.int32), model)
+
+    def pop(self, by: Normal, width: float, mean: np.ndarray) -> np.ndarray:
+        """Numbers ``(n, d)`` on a grid, by distributions with ``mean (n, d)``."""
+        each = [by.pop(stack, m) for stack, m in zip(self.stacks, mean / width, strict=True)]
+        return width * np.stack(each)
+
+    def push(self, by: Normal, width: float, z: np.ndarray, mean: np.ndarray) -> None:
+        """Encode numbers ``z (n, d)`` of the grid."""
+        values = np.rint(z / width).astype(np.int64)
+        for stack, each, m in zip(self.stacks, values, mean / width, strict=True):
+            by.push(stack, each, m)
+
+    def pop_uniform(self, size: int, count: int) -> np.ndarray:
+        """Integers of 0 .. size - 1 with equal probabilities, int64 ``(n, count)``."""
+        if size == 1:
+            return np.zeros((len(self.stacks), count), np.int64)
+        found = [stack.decode(uniform(size), count) for stack in self.stacks]
+        return np.stack(found).astype(np.int64)
+
+    def push_uniform(self, values: np.ndarray, size: int) -> None:
+        """Encode ``values (n, d)`` of 0 .. size - 1."""
+        if size > 1:
+            for stack, each in zip(self.stacks, values.astype(np.int32), strict=True):
+                stack.encode_reverse(each, uniform(size))
+
+    def pop_levels(self, p: np.ndarray) -> np.ndarray:
+        """A level for each row of the probabilities ``p (n, d, L)``, int64 ``(n, d)``."""
+        each = zip(self.stacks, p, strict=True)
+        found = [stack.decode(categorical(), q) for stack, q in each]
+        return np.stack(found).astype(np.int64)
+
+    def push_levels(self, levels: np.ndarray, p: np.ndarray) -> None:
+        """Encode ``levels (n, d)``, one for each row of ``p (n, d, L)``."""
+        for stack, each, q in zip(self.stacks, levels.astype(np.int32), p, strict=True):
+            stack.encode_reverse(each, categorical(), q)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -200,7 +254,7 @@ class Codec:
         known = np.log2(self.chain.sigma / self.widths) + NORMAL_BITS
         shorter = self.dims * np.array([np.log2(self.cells), *known[:-1], 0.0])
         spread = 10 * math.sqrt(self.dims / 2) / math.log(2)
-        needed = np.max(shorter + spread + stack.PRECISION * self._pad_sizes)
+        needed = np.max(shorter + spread + PRECISION * self._pad_sizes)
         return 2 + math.ceil(needed / 32)
 
     @cached_property
@@ -210,13 +264,13 @@ class Codec:
         normal = np.log2(self.chain.forward_std / self.widths) + NORMAL_BITS
         popped = self.dims * np.append(normal, math.log2(self.cells))
         spread = 10 * math.sqrt(self.dims / 2) / math.log(2)
-        return 3 + np.ceil((popped + spread) / stack.PRECISION).astype(int)
+        return 3 + np.ceil((popped + spread) / PRECISION).astype(int)
 
     def _pads(self, number: int) -> list[np.ndarray]:
         """The pseudorandom numbers for the pops of the image ``number`` of a stack, by level."""
         # The raw stream of Philox is the same in all versions of NumPy.
         raw = np.random.Philox(key=number).random_raw(int(self._pad_sizes.sum()))
-        numbers = (raw >> np.uint64(64 - stack.PRECISION)).astype(np.int64)
+        numbers = (raw >> np.uint64(64 - PRECISION)).astype(np.int64)
         return np.split(numbers, np.cumsum(self._pad_sizes)[:-1])
 
     def start(self, lane: int) -> np.ndarray:
@@ -354,12 +408,12 @@ def encode(codec: Codec, pixels: np.ndarray, state: State) -> Iterator[State]:
     Raises:
       ValueError: this machine does not repeat its own arithmetic.
     """
-    coders = [stack.coder(words) for words in state.stacks]
+    coders = [coder(words) for words in state.stacks]
     for number in range(state.number, -(-len(pixels) // codec.lanes)):
         batch = pixels[number * codec.lanes : (number + 1) * codec.lanes]
         rows = np.arange(len(batch))
         codec.encode(Lanes(coders[: len(batch)], rows), batch, number)
-        words = [coder.get_compressed() for coder in coders]
+        words = [each.get_compressed() for each in coders]
         after = State.of(number + 1, words, state.pixels)
         if number == 0 and not _repeats(codec, batch, after):
             raise ValueError(
@@ -395,7 +449,7 @@ def decode(codec: Codec, count: int, state: State) -> Iterator[State]:
     """
     present = np.flatnonzero(state.sizes)
     words, pixels = state.stacks, state.pixels
-    coders = {lane: stack.coder(words[lane]) for lane in present}
+    coders = {lane: coder(words[lane]) for lane in present}
     for number in range(state.number - 1, -1, -1):
         active = min(codec.lanes, count - number * codec.lanes)
         rows = present[present < active]

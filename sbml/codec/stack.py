@@ -11,11 +11,9 @@ Reference: Duda, "Asymmetric numeral systems", 2013; Bamler, "Understanding entr
 asymmetric numeral systems", 2022.
 """
 
-import dataclasses
 import functools
 import importlib.util
 import math
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Protocol
 
@@ -75,8 +73,15 @@ def _normals(reach: int) -> object:
 
 
 @functools.cache
-def _uniform(size: int) -> object:
+def uniform(size: int) -> object:
+    """The model of 0 .. size - 1 with equal probabilities."""
     return _constriction().model.Uniform(size)
+
+
+@functools.cache
+def categorical() -> object:
+    """The family of models of integers, whose parameters are their probabilities."""
+    return _constriction().model.Categorical(perfect=False)
 
 
 class Normal:
@@ -103,7 +108,7 @@ class Normal:
         nearest, *parameters = self._split(mean)
         offsets = stack.decode(self.family, *parameters).astype(np.int64)
         if self.open and np.any(far := np.abs(offsets) > self.reach):
-            more = stack.decode(_uniform(FAR), int(far.sum())).astype(np.int64)
+            more = stack.decode(uniform(FAR), int(far.sum())).astype(np.int64)
             offsets[far] += np.sign(offsets[far]) * more
         return nearest + offsets
 
@@ -118,62 +123,6 @@ class Normal:
                     f"a value is {more.max():.3g} grid widths from the model's mean: the network "
                     "is not finite, or the image is not of its kind"
                 )
-            stack.encode_reverse(more.astype(np.int32), _uniform(FAR))
+            stack.encode_reverse(more.astype(np.int32), uniform(FAR))
             offsets = np.clip(offsets, -self.reach - 1, self.reach + 1)
         stack.encode_reverse(offsets.astype(np.int32), self.family, *parameters)
-
-
-@dataclasses.dataclass(frozen=True)
-class Lanes:
-    """Stacks that each code one image at the same time.
-
-    Attributes:
-      stacks: n coders.
-      rows: the row of each in the batches of the network, ``(n,)``.
-    """
-
-    stacks: Sequence[Coder]
-    rows: np.ndarray
-
-    def scramble(self, pad: np.ndarray) -> None:
-        """Add the integers ``pad (m,)`` to the upper m numbers of 24 bits; ``-pad`` undoes it."""
-        model = _uniform(2**PRECISION)
-        for stack in self.stacks:
-            upper = stack.decode(model, len(pad)).astype(np.int64)
-            stack.encode_reverse(((upper + pad) % 2**PRECISION).astype(np.int32), model)
-
-    def pop(self, by: Normal, width: float, mean: np.ndarray) -> np.ndarray:
-        """Numbers ``(n, d)`` on a grid, by distributions with ``mean (n, d)``."""
-        each = [by.pop(stack, m) for stack, m in zip(self.stacks, mean / width, strict=True)]
-        return width * np.stack(each)
-
-    def push(self, by: Normal, width: float, z: np.ndarray, mean: np.ndarray) -> None:
-        """Encode numbers ``z (n, d)`` of the grid."""
-        values = np.rint(z / width).astype(np.int64)
-        for stack, each, m in zip(self.stacks, values, mean / width, strict=True):
-            by.push(stack, each, m)
-
-    def pop_uniform(self, size: int, count: int) -> np.ndarray:
-        """Integers of 0 .. size - 1 with equal probabilities, int64 ``(n, count)``."""
-        if size == 1:
-            return np.zeros((len(self.stacks), count), np.int64)
-        found = [stack.decode(_uniform(size), count) for stack in self.stacks]
-        return np.stack(found).astype(np.int64)
-
-    def push_uniform(self, values: np.ndarray, size: int) -> None:
-        """Encode ``values (n, d)`` of 0 .. size - 1."""
-        if size > 1:
-            for stack, each in zip(self.stacks, values.astype(np.int32), strict=True):
-                stack.encode_reverse(each, _uniform(size))
-
-    def pop_levels(self, p: np.ndarray) -> np.ndarray:
-        """A level for each row of the probabilities ``p (n, d, L)``, int64 ``(n, d)``."""
-        family = _constriction().model.Categorical(perfect=False)
-        found = [stack.decode(family, each) for stack, each in zip(self.stacks, p, strict=True)]
-        return np.stack(found).astype(np.int64)
-
-    def push_levels(self, levels: np.ndarray, p: np.ndarray) -> None:
-        """Encode ``levels (n, d)``, one for each row of ``p (n, d, L)``."""
-        family = _constriction().model.Categorical(perfect=False)
-        for stack, each, q in zip(self.stacks, levels.astype(np.int32), p, strict=True):
-            stack.encode_reverse(each, family, q)

@@ -11,10 +11,12 @@ is wrong and what to do.
 import contextlib
 import io
 import json
+import math
 import uuid
 import zipfile
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -140,6 +142,30 @@ def without_crc32(text: str | bytes) -> Json:
     if crc32 is None or with_crc32(value)[CRC32] != crc32:
         raise ValueError("it fails its CRC32, or has none")
     return value
+
+
+def strict(value: Any, name: str = "report") -> Any:
+    """``value`` in the types of JSON, without numbers that are not finite.
+
+    Such numbers become the strings "NaN", "Infinity" and "-Infinity", which Python's ``float``
+    reads. Arrays and tuples become lists, and a named tuple becomes an object of its fields.
+
+    Raises:
+      ValueError: JSON has no type for a value; the message gives its place in ``name``.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): strict(item, f"{name}.{key}") for key, item in value.items()}
+    if hasattr(value, "_asdict"):
+        return strict(value._asdict(), name)
+    if isinstance(value, (list, tuple)):
+        return [strict(item, f"{name}[{index}]") for index, item in enumerate(value)]
+    if hasattr(value, "tolist"):  # numpy and jax arrays and scalars
+        return strict(value.tolist(), name)
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ValueError(f"{name} is {value!r}, which JSON cannot hold: pass a number or a string.")
 
 
 def write_json(path: epath.PathLike, value: Mapping[str, object]) -> None:

@@ -244,10 +244,13 @@ class Density(Distribution):
         (data, log_det), target, by = in_scale(x), Target(self.sde, self._eps), ""
         measured = data
         if jnp.issubdtype(np.asarray(x).dtype, jnp.integer):
-            measured, model, by = np.asarray(x), uniform.Model(), " by uniform dequantization"
+            measured, by = np.asarray(x), " by uniform dequantization"
+            target = Target(self.sde, self._eps, self.levels, uniform.Model())
             if isinstance(self.score, NetworkScore) and self.score.has_decoder:
-                model, by = decoders.Learned(), " by the learned decoder"
-            target = Target(self.sde, self._eps, self.levels, model)
+                target, by = (
+                    dataclasses.replace(target, dequantizer=decoders.Learned()),
+                    " by its decoder",
+                )
         reduction = Reduction()
         if reduce:
             fitted = data if fit is None else in_scale(fit)[0]

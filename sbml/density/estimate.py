@@ -323,6 +323,23 @@ class Estimate:
         return f"{known}; {remedy}"
 
 
+def contradiction(by_ode: Estimate, bound: Estimate, most: float) -> str:
+    """A warning if -log p by the ODE is more than ``most`` above the ``bound`` of the same
+    examples, in their unit; "" if it is not. ``by_ode`` is ``bits_per_dim``, or minus ``logp``.
+
+    The bound is on the likelihood of the SDE, and the ODE has another one. With an accurate score
+    the two are nearly equal, and the bound is the larger number.
+    """
+    gap = intervals.mean_interval(by_ode.values - bound.values)
+    if not gap.mean - gap.ci95 > most:
+        return ""
+    return (
+        f"the number of the ODE is {gap.mean:.3f} +- {gap.ci95:.3f} {bound.unit} above the bound: "
+        "the ODE and the SDE of this score have very different likelihoods, so the score is not "
+        "accurate. Train longer, or report the bound"
+    )
+
+
 def value_of(unit: str) -> str:
     """The name of the value of a number in ``unit`` in its row."""
     return "bits_per_dim" if unit == "bits/dim" else "log_p"

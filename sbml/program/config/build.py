@@ -34,7 +34,7 @@ from sbml.program.config.training import (
     smallest_trained_time,
 )
 from sbml.program.runtime import sharding
-from sbml.program.runtime.checkpoint import Checkpoints, Restored
+from sbml.program.runtime.checkpoint import Restored
 from sbml.program.runtime.state import TrainState
 from sbml.program.runtime.versions import versions
 from sbml.score import LEVELS, Adapter
@@ -309,11 +309,9 @@ class Experiment:
         Settings that only affect the training may differ from those of the checkpoint; settings
         that affect the score may not.
         """
-        return _newest(
-            self.config.training.checkpoints(workdir),
-            self._template(),
-            missing="no checkpoint in {}: train first (--mode=train), or name the run's --workdir",
-        )
+        missing = "no checkpoint in {}: train first (--mode=train), or name the run's --workdir"
+        with self.config.training.checkpoints(workdir) as checkpoints:
+            return checkpoints.require(self._template(), missing)
 
     def restore_each(self, workdir: epath.PathLike) -> Iterator[Restored]:
         """The state before the first step, and all undamaged checkpoints of ``workdir`` by their
@@ -332,7 +330,7 @@ class Experiment:
             bins = metadata["config"]["training"]["proposal_bins"]
             placement = sharding.replicated(mesh)
             statistics = jax.ShapeDtypeStruct((2, bins), jnp.float32, sharding=placement)
-            optimizer = self.config.optim.replace(name=compatibility.optimizer_name(metadata))
+            optimizer = self.config.optim.replace(name=metadata["config"]["optim"]["name"])
             init = functools.partial(optimizer.transformation(1, 1.0).init, expected.params)
             return expected.replace(
                 statistics=statistics if bins else (), opt_state=sharding.abstract(init, mesh)
@@ -355,11 +353,9 @@ class Experiment:
             compatibility.check_dequantizer(self.config, metadata)
             return expected
 
-        return _newest(
-            self.config.dequantizer.training.checkpoints(workdir),
-            template,
-            missing="no dequantizer in {}: train it first (--mode=train_dequantizer)",
-        )
+        missing = "no dequantizer in {}: train it first (--mode=train_dequantizer)"
+        with self.config.dequantizer.training.checkpoints(workdir) as checkpoints:
+            return checkpoints.require(template, missing)
 
     @property
     def score_identity(self) -> dict[str, Any]:
@@ -383,14 +379,3 @@ class Experiment:
             "versions": versions(),
             **({"classes": [*classes]} if classes else {}),
         }
-
-
-def _newest(
-    checkpoints: Checkpoints, template: Callable[[dict], TrainState], missing: str
-) -> Restored:
-    """The newest undamaged checkpoint; ``missing`` is the message if there is none."""
-    with checkpoints:
-        restored = checkpoints.restore(template)
-    if restored is None:
-        raise ValueError(missing.format(checkpoints.directory))
-    return restored

@@ -9,7 +9,6 @@ the config (:func:`of_workdir`).
 import dataclasses
 import math
 
-from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sbml import data
@@ -31,16 +30,6 @@ Sections = dict[str, Json]
 
 # Fields of a network or dequantizer that may differ from those in the checkpoint's config.
 FREE = ("clipped", "dropout", "dtype", "init_scale", "remat")
-
-
-def write_architecture(workdir: epath.PathLike, sections: Sections) -> None:
-    """Write ``sections``, the fields of "model", "dequantizer.model" ... by name, to
-    ``workdir/architecture.json``, except for the fields in ``FREE``."""
-    fixed = {
-        name: {field: value for field, value in fields.items() if field not in FREE}
-        for name, fields in sections.items()
-    }
-    Workdir(workdir).write(ARCHITECTURE, fixed)
 
 
 def of_workdir(config: Config, workdir: Workdir, quiet: bool = False) -> Config:
@@ -170,15 +159,9 @@ def check_training(config: Config, metadata: Metadata) -> None:
     """
     check_score(config, metadata)
     different = _differences(config, metadata, "training.proposal_bins")
-    if config.optim.name != (name := optimizer_name(metadata)):
+    if config.optim.name != (name := metadata["config"]["optim"]["name"]):
         different.append(("optim.name", config.optim.name, name))
     _refuse(different)
-
-
-def optimizer_name(metadata: Metadata) -> str:
-    """The optimizer of a checkpoint."""
-    name: str = metadata["config"]["optim"]["name"]
-    return name
 
 
 def check_dequantizer(config: Config, metadata: Metadata) -> None:

@@ -28,13 +28,12 @@ from sbml.core.scalars import notation
 from sbml.core.types import Json
 from sbml.density.estimators import Cell
 from sbml.dequantizers import DEQUANTIZERS
-from sbml.program.config.coding import Coding
 from sbml.program.config.data import PATHS, Data
 from sbml.program.config.dequantizer import Dequantizer
 from sbml.program.config.evaluation import Eval
 from sbml.program.config.fields import Override, Section, Seed, as_tuples, errors_of, field, unknown
 from sbml.program.config.optim import Optim
-from sbml.program.config.sampling import CorrectorChoice, Latents, SamplerChoice, Sampling
+from sbml.program.config.sampling import Coding, CorrectorChoice, Latents, SamplerChoice, Sampling
 from sbml.program.config.score import Network, Process, Score
 from sbml.program.config.training import Training
 from sbml.program.runtime import refusals

@@ -77,27 +77,19 @@ class Optim(Section):
 
     def warn_if_short(self, num_steps: int) -> None:
         """Log warnings if a run of ``num_steps`` does not fit the warm-up or the average."""
+        run = f"in a run of {num_steps} steps"
         if num_steps <= self.warmup:
+            last = notation(self.lr * num_steps / self.warmup, "g")
             logging.warning(
-                "%s.warmup=%d in a run of %d steps: the learning rate only rises, to %s; set "
-                "--config.%s.warmup=%d",
-                self.section,
-                self.warmup,
-                num_steps,
-                notation(self.lr * num_steps / self.warmup, "g"),
-                self.section,
-                num_steps // 10,
+                f"{self.section}.warmup={self.warmup} {run}: the learning rate only rises, to "
+                f"{last}; set --config.{self.section}.warmup={num_steps // 10}"
             )
         if (initial := self.ema**num_steps) > MOST_INITIAL:
+            ema = max(0.0, 1 - 6.5 / num_steps)
             logging.warning(
-                "%s.ema=%g in a run of %d steps: initial values have a weight of %.0f%% in the "
-                "averaged parameters, which are evaluated and sampled; set --config.%s.ema=%.7g",
-                self.section,
-                self.ema,
-                num_steps,
-                100 * initial,
-                self.section,
-                max(0.0, 1 - 6.5 / num_steps),
+                f"{self.section}.ema={self.ema:g} {run}: initial values have a weight of "
+                f"{initial:.0%} in the averaged parameters, which are evaluated and sampled; set "
+                f"--config.{self.section}.ema={ema:.7g}"
             )
 
     def rate(self, num_steps: int) -> "optax.Schedule":

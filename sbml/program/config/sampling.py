@@ -1,5 +1,5 @@
-"""``config.sampling`` and ``config.latents``: the samples of a run and their sampler, and the
-pictures of ``--mode=latents``."""
+"""``config.sampling``, ``config.latents`` and ``config.codec``: the samples of a run and their
+sampler, the pictures of ``--mode=latents``, and the coded images of ``--mode=compress``."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,7 +10,17 @@ from annotated_types import Ge, Le
 from sbml.core.scalars import MOST_STEPS
 from sbml.core.types import Json
 from sbml.likelihood.ode import MAX_STEPS, METHODS, Solver
-from sbml.program.config.fields import Chosen, Positive, Section, Seed, among, field, section_errors
+from sbml.program.config.fields import (
+    Chosen,
+    Natural,
+    Positive,
+    PositiveSize,
+    Section,
+    Seed,
+    among,
+    field,
+    section_errors,
+)
 from sbml.samplers import CORRECTORS, SAMPLERS, AnnealedLangevin, ReverseDiffusion, Sampler
 
 # Above 0.1 no step would ever be rejected. The error is measured with a tenth of the tolerance,
@@ -127,3 +137,20 @@ class Latents(Section):
         """The sampler of a completion: reverse diffusion with annealed Langevin steps."""
         corrector = AnnealedLangevin(self.corrector_steps, self.snr)
         return ReverseDiffusion(self.steps, corrector=corrector)
+
+
+class Coding(Section):
+    """Settings of ``--mode=compress``, which codes images of ``eval.split`` without loss."""
+
+    section: ClassVar[str] = "codec"
+
+    steps: Steps = field(
+        250,
+        "number of steps of the diffusion chain; more steps give a smaller file and take longer",
+    )
+    lanes: PositiveSize = field(
+        8,
+        "number of images that are coded at once; each of these lanes needs initial bits, which "
+        "make the file longer",
+    )
+    num_images: Natural = field(0, "size of a random sample of images; 0: all")

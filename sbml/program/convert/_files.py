@@ -28,6 +28,7 @@ from sbml.program.runtime import sharding
 from sbml.program.runtime.state import TrainState
 from sbml.program.runtime.trees import differences, tree_crc32
 from sbml.program.runtime.versions import versions
+from sbml.program.runtime.workdir import ARCHITECTURE, Workdir
 
 _NUMBER = re.compile(r"(?:checkpoint_(\d+)|ckpt-(\d+)\.flax)")
 
@@ -156,8 +157,11 @@ def store(
         about = about | {"score": {"step": theirs.step, "crc32": tree_crc32(theirs.ema_params)}}
         state = _state(jax.eval_shape(lambda: template(experiment)), other)
         parts.append((fitted.dequantizer.training, other, state, about))
-    if jax.process_index() == 0:
-        compatibility.write_architecture(workdir, sections)
+    fixed = {
+        name: {field: value for field, value in fields.items() if field not in compatibility.FREE}
+        for name, fields in sections.items()
+    }
+    Workdir(workdir).write(ARCHITECTURE, fixed)
     for training, part, state, of_part in parts:
         with training.checkpoints(workdir) as ours:
             ours.save(part.step, state, of_part | {"converted_from": part.origin})

@@ -25,7 +25,7 @@ from sbml.core.streams import stream
 from sbml.core.types import conditioned
 from sbml.data import ImageSet, spread
 from sbml.density import PILOT, Density, estimate
-from sbml.density.estimate import Columns, Estimate
+from sbml.density.estimate import Estimate
 from sbml.density.estimators import Cell
 from sbml.density.estimators.base import Estimator, Target
 from sbml.density.measurement import Measurement
@@ -121,11 +121,12 @@ class Evaluation:
         estimator: Estimator,
         target: Target,
         data: np.ndarray,
-        dequantization: Dequantization,
+        params: Any,
         condition: np.ndarray | None = None,
     ) -> Measurement:
-        """The measurement of the integers ``data (n, *s)`` by ``estimator`` on all devices."""
-        density, params = self.trained.density(target.eps), dequantization.params
+        """The measurement of the integers ``data (n, *s)`` by ``estimator`` on all devices, with
+        the parameters ``params`` of the target's dequantizer."""
+        density = self.trained.density(target.eps)
         return dataclasses.replace(
             density.measurement(estimator, target, data, condition, params),
             place=sharding.split,
@@ -202,31 +203,6 @@ def check_first_batch(evaluation: Evaluation, dequantization: Dequantization) ->
     bits.check_dequantized(bits.to_model(pixels, u, levels), levels)
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """A store of rows on disk, which other processes and later runs read.
-
-    A computation that is asked to stop does so after it has written a batch.
-    """
-
-    parts: Parts
-    preemption: Preemption
-
-    def read(self, sweep: int) -> Columns:
-        """See ``measurement.Store``."""
-        return self.parts.read(sweep)
-
-    def write(self, columns: Columns) -> None:
-        """See ``measurement.Store``."""
-        if jax.process_index() == 0:
-            self.parts.write(columns)
-        self.preemption.leave_if_requested("the images so far are stored")
-
-    def flush(self) -> None:
-        """See ``measurement.Store``."""
-        sharding.barrier("evaluated")
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
     """A cell of an evaluation, and its measurement.
@@ -241,7 +217,8 @@ class Run:
     measurement: Measurement
     parts: list[Parts]
 
-    def finish(self) -> Estimate:
+    @functools.cached_property
+    def number(self) -> Estimate:
         """The estimate over all images in ``ids``, in bits/dim, with its error bars; fixed steps
         that are too coarse are refused after the subset has been solved."""
         run, solver = self.measurement, self.measurement.solver
@@ -257,22 +234,24 @@ class Run:
                 )
         return run.estimate()
 
-    def warnings(self, number: Estimate) -> list[str]:
-        """Warnings about the ``number`` of :meth:`finish`, and about rows that earlier commands
-        computed with other versions of packages."""
-        files, ids = self.evaluation.images.ids, self.measurement.ids
+    @property
+    def warnings(self) -> list[str]:
+        """Warnings about the ``number``, and about rows that earlier commands computed with other
+        versions of packages."""
+        files, ids, number = self.evaluation.images.ids, self.measurement.ids, self.number
         names = [files[i] for i in ids] if files else [str(i) for i in ids]
         section = "eval.bound." if number.solver is None else "eval.ode."
-        found = [f"{self.cell.title}: {each}" for each in number.warnings(section, names)]
         others = [other for parts in self.parts for other in parts.other_versions()]
-        return found + [
-            f"{self.cell.title}: an earlier command computed some of the rows with other versions: "
-            f"{other} (without the folder eval of the work directory, all rows are computed again)"
+        found = number.warnings(section, names) + [
+            f"an earlier command computed some of the rows with other versions: {other} (without "
+            "the folder eval of the work directory, all rows are computed again)"
             for other in dict.fromkeys(others)
         ]
+        return [f"{self.cell.title}: {each}" for each in found]
 
-    def result(self, number: Estimate) -> dict[str, Any]:
-        """The row of ``report.json``; ``number`` is the estimate from :meth:`finish`."""
+    @functools.cached_property
+    def row(self) -> dict[str, Any]:
+        """The row of ``report.json``."""
         run, checkpoint = self.measurement, self.dequantization.restored
         trace = getattr(run.estimator, "trace", None)
         return {
@@ -282,7 +261,7 @@ class Run:
             "split_size": len(self.evaluation.images),
             "trace": dataclasses.asdict(trace) if trace else None,
             "dequantizer_step": checkpoint.step if checkpoint else None,
-            **number.row(run.ids, "eval.ode."),
+            **self.number.row(run.ids, "eval.ode."),
         }
 
 
@@ -297,12 +276,14 @@ def run_of(
     """The measurement of ``cell``. If it is ``stored``, rows of earlier evaluations are read, and
     others are written."""
     trained, experiment, model = evaluation.trained, evaluation.experiment, dequantization.model
-    config, draws = experiment.config.eval, cell.num_importance
+    config, draws, images = experiment.config.eval, cell.num_importance, evaluation.images
     eps = experiment.discrete_eps if model.at_noise else experiment.eval_eps
     reduction = Reduction(proposal=config.bound.proposal_name)
     if cell.kind.reducible:
         reduction = evaluation.reduction(eps)
     method = estimator(experiment, cell, reduction)
+    target, labels = Target(experiment.sde, eps, experiment.levels, model), trained.labels(images)
+    run = evaluation.measurement(method, target, images.images, dequantization.params, labels)
     ids = evaluation.ids(config.importance_images if draws > 1 else 0)
     # Each image costs K solves, so the size of the subset is divided by K, down to four images. It
     # is evenly spread, without a random draw, so it does not depend on the seed.
@@ -314,20 +295,18 @@ def run_of(
         size = min(size, exact * jax.device_count())
     # Batches of a few missing images have this size too, so one program serves all.
     size = sharding.round_up(min(size, len(ids)))
-    labels = trained.labels(evaluation.images)
     one = conditioned(trained.score, None if labels is None else int(labels[0]))
     method.check(one, experiment.sde, experiment.shape)
     # The K solves of an image are one call, so the bar does not move before their end.
     title = f"{cell.title} solves of each image" if draws > 1 else cell.title
-    target = Target(experiment.sde, eps, experiment.levels, model)
     parts: list[Parts] = []
 
-    def store(identity: dict[str, Any]) -> Stored:
-        parts.append(Parts(trained.workdir / "eval", identity))
-        return Stored(parts[-1], evaluation.preemption)
+    def store(identity: dict[str, Any]) -> Parts:
+        parts.append(Parts(trained.workdir / "eval", identity, evaluation.preemption))
+        return parts[-1]
 
     measurement = dataclasses.replace(
-        evaluation.measurement(method, target, evaluation.images.images, dequantization, labels),
+        run,
         ids=ids,
         subset=subset,
         store=store if stored else None,

@@ -66,14 +66,14 @@ def bound_of(
     name, eps = "uniform", codec.chain.eps
     if codec.data == "centre":
         name = "learned" if optional(codec.score, "decoder_log_p") else "categorical"
-    dequantization = evaluation.dequantization(name)
+    dequantizer = experiment.dequantizer(name)  # It has no parameters.
     times, reduction = max(config.n_times, 4), evaluation.reduction(eps)
     estimator = InSteps(times, reduction=reduction, steps=codec.chain.as_steps)
     run = evaluation.measurement(
         Estimator(times, reduction=reduction) if continuous else estimator,
-        Target(experiment.sde, eps, experiment.levels, dequantization.model),
+        Target(experiment.sde, eps, experiment.levels, dequantizer),
         pixels,
-        dequantization,
+        {},
     )
     return dataclasses.replace(
         run,

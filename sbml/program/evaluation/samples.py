@@ -161,7 +161,7 @@ def stored(trained: Trained, preemption: Preemption) -> Samples:
     failed, a warning gives their number.
     """
     experiment, config = trained.experiment, trained.experiment.config.sampling
-    parts = Parts(trained.workdir / "sampling", identity(trained))
+    parts = Parts(trained.workdir / "sampling", identity(trained), preemption)
     all_ids = np.arange(config.num_images)
     missing = np.setdiff1d(all_ids, parts.read().get("id", []))
     size = sharding.round_up(min(config.batch_size, config.num_images))
@@ -170,23 +170,19 @@ def stored(trained: Trained, preemption: Preemption) -> Samples:
     bar = Bar(f"samples by {config.sampler.name}", "sample", len(all_ids), done)
     with bar:
         for ids, batch in in_batches(sample, missing, size):
-            if jax.process_index() == 0:
-                parts.write({"id": ids, "sweep": np.zeros_like(ids), **batch._asdict()})
+            parts.write({"id": ids, "sweep": np.zeros_like(ids), **batch._asdict()})
             bar.update(len(ids))
-            preemption.leave_if_requested("the samples so far are stored")
-    sharding.barrier("sampled")
+    parts.flush()
     columns = parts.read()
     for other in parts.other_versions():
         logging.warning("an earlier command drew some samples with other versions: %s", other)
     chosen = np.isin(columns["id"], all_ids)
     samples = Samples(*(columns[name][chosen] for name in Samples._fields))
-    if samples.failed.any():
+    if len(failed := np.flatnonzero(samples.failed)):
         logging.warning(
-            "%d of %d samples are not finite or not solved; the first are %s. Try smaller "
-            "tolerances or more steps, or a network that was trained longer",
-            samples.failed.sum(),
-            len(samples.failed),
-            np.flatnonzero(samples.failed)[:5],
+            f"{len(failed)} of {len(samples.failed)} samples are not finite or not solved; the "
+            f"first are {failed[:5]}. Try smaller tolerances or more steps, or a network that was "
+            "trained longer"
         )
     return samples
 

@@ -1,5 +1,6 @@
 """The table of an evaluation: the columns of its cells, and the record of how they were made."""
 
+import itertools
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sbml import data
-from sbml.density.estimate import Columns, Estimate
+from sbml.density.estimate import Columns, contradiction
 from sbml.program.config import compatibility
 from sbml.program.evaluation import baselines, classifier
 from sbml.program.evaluation.cells import Dequantization, Evaluation, Run
@@ -20,7 +21,7 @@ from sbml.statistics.intervals import mean_interval
 CONTRADICTION = 0.1  # bits/dim by which the ODE may exceed the bound without a warning
 
 
-def columns(of: Evaluation, runs: Sequence[Run], numbers: Sequence[Estimate]) -> dict[str, Columns]:
+def columns(of: Evaluation, runs: Sequence[Run]) -> dict[str, Columns]:
     """The columns of all cells by the names of their files.
 
     ``per_image.npz`` has those of the cells with the most images. A cell with fewer images, such as
@@ -29,8 +30,8 @@ def columns(of: Evaluation, runs: Sequence[Run], numbers: Sequence[Estimate]) ->
     ids = max((run.measurement.ids for run in runs), key=len)
     shown: Columns = {"id": ids}
     tables = {PER_IMAGE: shown}
-    for run, number in zip(runs, numbers, strict=True):
-        own = {**number.terms, "bits_per_dim": number.values, "nfe": number.nfe}
+    for run in runs:
+        own = {**run.number.terms, "bits_per_dim": run.number.values, "nfe": run.number.nfe}
         named = {f"{run.cell.name}_{name}": column for name, column in own.items()}
         if np.array_equal(run.measurement.ids, ids):
             shown.update(named)
@@ -45,7 +46,7 @@ def columns(of: Evaluation, runs: Sequence[Run], numbers: Sequence[Estimate]) ->
 
 def evaluation(
     of: Evaluation,
-    results: Sequence[Mapping[str, Any]],
+    runs: Sequence[Run],
     tables: Mapping[str, Columns],
     warnings: Sequence[str],
 ) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def evaluation(
     split, classes = experiment.config.eval.split, restored.metadata.get("classes")
     return {
         "title": trained.workdir.name,
-        "results": [*results],
+        "results": [run.row for run in runs],
         "baselines": [
             {"name": name, "bits_per_dim": i.mean, "ci95": i.ci95, "interval": list(i.bounds)}
             for name, i in intervals.items()
@@ -87,29 +88,17 @@ def evaluation(
     }
 
 
-def contradictions(runs: Sequence[Run], numbers: Sequence[Estimate]) -> list[str]:
-    """Warnings about bounds that are far below the number by the ODE of the same images.
-
-    The bound is on the likelihood of the SDE, and the ODE has another one. With an accurate score
-    the two are nearly equal, and the bound is the larger number.
-    """
+def contradictions(runs: Sequence[Run]) -> list[str]:
+    """Warnings about bounds that are far below the number by the ODE of the same images."""
     found = []
-    pairs = [*zip(runs, numbers, strict=True)]
-    for ode, by_ode in pairs:
-        for bound, bounded in pairs:
-            alike = (ode.cell.dequantizer, [*ode.measurement.ids])
-            if by_ode.solver is None or not bound.measurement.estimator.is_bound:
-                continue
-            if alike != (bound.cell.dequantizer, [*bound.measurement.ids]):
-                continue
-            gap = mean_interval(by_ode.values - bounded.values)
-            if gap.mean - gap.ci95 > CONTRADICTION:
-                found.append(
-                    f"{ode.cell.title} is {gap.mean:.3f} +- {gap.ci95:.3f} bits/dim above "
-                    f"{bound.cell.title}, which is a bound: the ODE and the SDE of this score have "
-                    "very different likelihoods, so the score is not accurate. Train longer, or "
-                    "report the bound"
-                )
+    for ode, bound in itertools.product(runs, runs):
+        if ode.number.solver is None or not bound.measurement.estimator.is_bound:
+            continue
+        same, other = ((r.cell.dequantizer, [*r.measurement.ids]) for r in (ode, bound))
+        if same != other:
+            continue
+        if text := contradiction(ode.number, bound.number, CONTRADICTION):
+            found.append(f"{ode.cell.title} against {bound.cell.title}: {text}")
     return found
 
 

@@ -4,7 +4,6 @@ from sbml.core.scalars import notation
 from sbml.program.config.fields import errors_of
 from sbml.program.report import comparison
 from sbml.program.report.comparison import Run
-from sbml.program.report.result import strict
 from sbml.program.runtime.workdir import Workdir
 
 
@@ -24,7 +23,7 @@ def run(workdir: Workdir | None = None, runs: str = "") -> None:
     evaluated = list(map(Run.read, workdirs, comparison.short_names(workdirs)))
     numbers = comparison.compare(evaluated)
     workdir = workdir or Workdir("runs/comparison")
-    workdir.write("comparison.json", strict(numbers))
+    workdir.write("comparison.json", numbers)
     workdir.write_bytes("comparison.html", comparison.render(evaluated, numbers).encode())
     for cell in numbers["cells"]:
         print(cell["name"])

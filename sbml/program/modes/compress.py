@@ -42,32 +42,34 @@ def run(trained: Trained, preemption: Preemption, source: str = "") -> Workdir:
     chain = coding.encoder_chain(evaluation)
     lanes = min(config.codec.lanes, len(pixels))
     codec, made_by = coding.codec_of(trained, chain, lanes)
-    header, _ = file.packed(codec, pixels, bits_back.first_state(codec), made_by)
-    _check_images(workdir, header.pixels_crc32)
-    resumable = Resumable(workdir / "codec", "encode", header.model_dump())
+    first = bits_back.first_state(codec)
+    header, _ = file.packed(codec, pixels, first, made_by)
+    if workdir.has(IMAGES):  # The file could be the only copy of other images.
+        try:
+            there = file.from_bytes((workdir / IMAGES).read_bytes())[0].pixels_crc32
+        except CodedFileError:
+            there = None
+        if there != header.pixels_crc32:
+            raise ValueError(
+                f"{workdir / IMAGES} holds other images, or is damaged, and would be overwritten: "
+                "move it to another folder, or remove it"
+            )
+    resumable = Resumable(workdir / "codec", "encode", header.model_dump(), preemption)
     stored = resumable.load()
-    state = bits_back.State.of_arrays(stored) if stored else bits_back.first_state(codec)
-    initial = 32 * codec.initial_words * lanes
-
-    def done() -> int:
-        return min(state.number * lanes, len(pixels))
-
-    with Bar("compress", "image", len(pixels), done()) as bar:
+    state = bits_back.State.of_arrays(stored) if stored else first
+    initial, done = 32 * codec.initial_words * lanes, min(state.number * lanes, len(pixels))
+    with Bar("compress", "image", len(pixels), done) as bar:
         for after in bits_back.encode(codec, pixels, state):
-            state = after
-            net = (32 * state.words.size - initial) / (done() * pixels[0].size)
-            bar.update(done() - bar.n, f"net {net:.3f} bits/dim")
-            resumable.store(state._asdict(), now=preemption.requested())
-            preemption.leave_if_requested("the images so far are stored")
+            state, done = after, min(after.number * lanes, len(pixels))
+            net = (32 * state.words.size - initial) / (done * pixels[0].size)
+            bar.update(done - bar.n, f"net {net:.3f} bits/dim")
+            resumable.store(state._asdict())
     header, content = file.packed(codec, pixels, state, made_by)
     workdir.write_bytes(IMAGES, content)
+    lengths = coding.lengths(codec, state.words.size, len(content), pixels.size)
     bound = coding.bound_of(evaluation, codec, pixels)
-    lengths = {
-        **coding.lengths(codec, state.words.size, len(content), pixels.size),
-        "bound": bound.mean,
-        "bound_stderr": bound.this_set.stderr,
-        "bound_ci95": bound.this_set.ci95,
-    }
+    lengths |= {"bound": bound.mean, "bound_stderr": bound.this_set.stderr}
+    lengths["bound_ci95"] = bound.this_set.ci95
     warnings = [f"bound: {each}" for each in bound.warnings("eval.bound.")]
     counts = {"count": len(pixels), "bytes": len(content), "steps": chain.steps, "lanes": lanes}
     checksum = {
@@ -89,19 +91,3 @@ def run(trained: Trained, preemption: Preemption, source: str = "") -> Workdir:
         logging.warning(warning)
     print(f"compressed in {time.perf_counter() - start:.0f} s")
     return workdir
-
-
-def _check_images(workdir: Workdir, pixels_crc32: int) -> None:
-    """Check that ``images.sbml``, if there is one, holds the images with this checksum. The file
-    could be the only copy of other ones."""
-    if not workdir.has(IMAGES):
-        return
-    try:
-        same = file.from_bytes((workdir / IMAGES).read_bytes())[0].pixels_crc32 == pixels_crc32
-    except CodedFileError:
-        same = False
-    if not same:
-        raise ValueError(
-            f"{workdir / IMAGES} holds other images, or is damaged, and would be overwritten: move "
-            "it to another folder, or remove it"
-        )

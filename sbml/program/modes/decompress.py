@@ -46,7 +46,8 @@ def run(trained: Trained, preemption: Preemption, source: str = "", to: str = ""
     header.check_codec(codec, made_by)
     # Another copy of the file may have stacks that are missing in this one.
     missing = [lane for lane, words in enumerate(stacks) if words is None]
-    resumable = Resumable(workdir / "codec", "decode", {**header.model_dump(), "missing": missing})
+    identity = {**header.model_dump(), "missing": missing}
+    resumable = Resumable(workdir / "codec", "decode", identity, preemption)
     stored = resumable.load()
     first = bits_back.last_state(codec, header.count, stacks)
     state = bits_back.State.of_arrays(stored) if stored else first
@@ -54,8 +55,7 @@ def run(trained: Trained, preemption: Preemption, source: str = "", to: str = ""
         for after in bits_back.decode(codec, header.count, state):
             state = after
             bar.update(len(state.pixels) - bar.n)
-            resumable.store(state._asdict(), now=preemption.requested())
-            preemption.leave_if_requested("the images so far are stored")
+            resumable.store(state._asdict())
     damaged: CodedFileError | None = None
     pixels, ids = state.pixels, np.arange(header.count)
     try:

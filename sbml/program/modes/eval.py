@@ -15,7 +15,6 @@ from sbml.program.config.trained import Trained
 from sbml.program.evaluation import classifier, levels, table
 from sbml.program.evaluation.cells import Evaluation, check_first_batch, run_of
 from sbml.program.report import result
-from sbml.program.report.result import strict
 from sbml.program.runtime.preemption import Preemption
 from sbml.program.runtime.workdir import EVALUATION, Workdir
 from sbml.statistics import intervals
@@ -58,30 +57,26 @@ def run(trained: Trained, preemption: Preemption) -> Workdir:
         logging.warning(warning)
     # All cells are set up before the first is computed, so that errors appear at once.
     runs = [run_of(evaluation, cell, dequantizations[cell.dequantizer]) for cell in cells]
-    results, numbers = [], []
     for run in runs:
-        numbers.append(run.finish())
-        results.append(run.result(numbers[-1]))
-        print(result.line(results[-1]))
+        print(result.line(run.row))
     profiled = next((run for run in runs if run.cell.kind.reducible), None)
     loss = levels.measure(profiled) if profiled and config.bound.level_images else None
     classified = classifier.classify(evaluation)
     for name, value in classified.items():
         print(f"classifier: {name} {intervals.cell(value)}")
-    pairs = zip(runs, numbers, strict=True)
-    found = [warning for run, number in pairs for warning in run.warnings(number)]
-    found += table.contradictions(runs, numbers)
+    found = [warning for run in runs for warning in run.warnings]
+    found += table.contradictions(runs)
     found += classifier.cautions(classified, config.ode.solver_budget)
     for warning in found:
         logging.warning(warning)
-    tables = table.columns(evaluation, runs, numbers)
-    content = table.evaluation(evaluation, results, tables, [*warnings, *found])
+    tables = table.columns(evaluation, runs)
+    content = table.evaluation(evaluation, runs, tables, [*warnings, *found])
     more = {"undefined": undefined, "classifier": classified, "noise_levels": loss}
     content |= {name: value for name, value in more.items() if value}
     out = Workdir(trained.workdir / "train") if config.split == "train" else trained.workdir
     # First the columns, and then the evaluation that names them.
     for name, columns in tables.items():
         out.write(name, columns)
-    out.write(EVALUATION, strict(content))
+    out.write(EVALUATION, content)
     out.keep("per_image*.npz", tables)  # Others are of an earlier evaluation.
     return out

@@ -25,7 +25,6 @@ from sbml.program.config.config import Config
 from sbml.program.evaluation.samples import grid
 from sbml.program.features import EXTRACTORS, Extractor
 from sbml.program.report.pictures import png
-from sbml.program.report.result import strict
 from sbml.program.runtime import refusals
 from sbml.program.runtime.trees import tree_crc32
 from sbml.program.runtime.workdir import NEIGHBOURS, QUALITY, SAMPLES, Workdir
@@ -56,11 +55,8 @@ def run(experiment: Experiment, workdir: Workdir) -> Workdir:
     metadata, newest = checkpoints.metadata(), max(checkpoints.steps(), default=step)
     if newest != step:
         logging.warning(
-            "%s is of step %d, but the newest checkpoint is of step %d: to compare that, draw new "
-            "samples (--mode=sample,quality)",
-            workdir / SAMPLES,
-            step,
-            newest,
+            f"{workdir / SAMPLES} is of step {step}, but the newest checkpoint is of step "
+            f"{newest}: to compare that, draw new samples (--mode=sample,quality)"
         )
     if failed := int(np.sum(read["failed"])):
         logging.warning("%d of %d samples are not finite", failed, len(images))
@@ -87,7 +83,7 @@ def run(experiment: Experiment, workdir: Workdir) -> Workdir:
         "images_crc32": tree_crc32(images),
         "neighbours_crc32": zlib.crc32(picture),
     }
-    workdir.write(QUALITY, strict(result))
+    workdir.write(QUALITY, result)
     print(f"{len(images)} samples of step {step}")
     for name, value in values.items():
         print(f"{name}: {value:.4g}")
@@ -165,10 +161,8 @@ def distances_of_features(
     n = len(features)
     if n < features.shape[1]:
         logging.warning(
-            "%d samples for %d features: distances of so few samples are unreliable; draw more "
-            "(sampling.num_images)",
-            n,
-            features.shape[1],
+            f"{n} samples for {features.shape[1]} features: distances of so few samples are "
+            "unreliable; draw more (sampling.num_images)"
         )
     frechet, kernel, score = extract.names
     return {

@@ -92,21 +92,23 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         of_rows = dataclasses.replace(density, transform=test.whitening)
         found = of_rows.logp(test.values, progress=name)
         logp = {"model": found.values, **densities.log_p(baselines, test)}
-        choices = [f"step {step} of {config.training.num_steps}", *(b.chosen for b in baselines)]
-        results = [{"name": "model", **found.row(section="eval.ode.")}]
-        for name, values in list(logp.items())[1:]:
+        steps = config.training.num_steps
+        of_model = {**found.row(section="eval.ode."), "chosen": f"step {step} of {steps}"}
+        results = [{"name": "model", **of_model}]
+        for each in baselines:
+            values = logp[each.name]
             number, gap = mean_interval(values), mean_interval(logp["model"] - values)
-            row = {"name": name, "log_p": number.mean, "interval": [*number.bounds], "n": number.n}
-            row |= {"difference": gap.mean, "difference_interval": list(gap.bounds)}
+            row = {"name": each.name, "log_p": number.mean, "interval": [*number.bounds]}
+            row |= {"n": number.n, "difference": gap.mean}
+            row |= {"difference_interval": [*gap.bounds], "chosen": each.chosen}
             results.append(row)
-        results = [{**row, "chosen": how} for row, how in zip(results, choices, strict=True)]
         best = max(results[1:], key=lambda result: result["log_p"])
         key = stream(jax.random.key(config.sampling.seed), "samples")
         samples = np.asarray(of_rows.sample(key, config.sampling.num_images))
         warnings = [test.caution] if test.caution else []
         about = found.warnings("eval.ode.", test.ids)
         warnings += [f"log p of the model: {each}" for each in about]
-        if step == (steps := config.training.num_steps):
+        if step == steps:
             warnings.append(
                 f"the last step, {step}, fits the validation rows best: train longer, with less "
                 f"dropout (--config.training.num_steps={4 * steps} --config.training."

@@ -14,6 +14,7 @@ bitwise the same result as without interruption.
 import contextlib
 import dataclasses
 import functools
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,14 +26,16 @@ from absl import logging
 from sbml.core.platform import platform
 from sbml.core.progress import Bar
 from sbml.core.streams import stream
-from sbml.data import Examples, prefetch, train_batches
+from sbml.data import VALIDATION, Examples, ImageSet, prefetch, train_batches
 from sbml.program.config import compatibility, objective
 from sbml.program.config.build import Experiment
+from sbml.program.config.trained import Trained
 from sbml.program.config.training import Loop, Training
-from sbml.program.evaluation import samples, validation
+from sbml.program.evaluation import samples
+from sbml.program.evaluation.cells import Evaluation, run_of
 from sbml.program.report.pictures import png
 from sbml.program.runtime import metrics, peers, sharding
-from sbml.program.runtime.checkpoint import Checkpoints, OtherModelError
+from sbml.program.runtime.checkpoint import Checkpoints, OtherModelError, Restored
 from sbml.program.runtime.history import noted
 from sbml.program.runtime.preemption import Preemption
 from sbml.program.runtime.state import TrainState, Update
@@ -119,12 +122,41 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         provenance=provenance,
         check=check_metadata,
         labels=experiment.labels(images),
-        validate=validation.validator(experiment, images, provenance, workdir)
+        validate=validator(experiment, images, provenance, workdir)
         if config.training.validate_every
         else None,
         picture=picture,
     )
     fit(experiment, workdir, learner)
+
+
+def validator(
+    experiment: Experiment, train: ImageSet, metadata: dict[str, Any], workdir: Workdir
+) -> Callable[[TrainState], dict[str, float]]:
+    """A function that computes a point of the curve of ``training.validate_every`` from the state
+    of a training on ``train``: ``validation_bits_per_dim``, the bound of an evaluation on at most
+    ``training.validation_images`` images, with the averaged parameters in float32, and
+    ``validation_stderr``, its standard error as a mean over images.
+
+    All points have the same images, times and noises, so the difference between two points has less
+    noise than each of them. ``metadata`` is that of the checkpoints.
+    """
+    cell, images = experiment.config.validation_cell(), experiment.images(VALIDATION)
+    experiment = experiment.for_validation()
+
+    def validate(state: TrainState) -> dict[str, float]:
+        now = experiment.with_learned_schedule(state.ema_params)
+        trained = Trained(now, Restored(0, state, metadata), workdir)
+        evaluation = Evaluation(trained, images, train)
+        with jax.default_matmul_precision(now.config.eval.precision):
+            # The rows are not stored, because no other run needs them.
+            of = evaluation, cell, evaluation.dequantization(cell.dequantizer)
+            found = run_of(*of, stored=False, progress=False).measurement.estimate()
+        point, stderr = {"validation_bits_per_dim": found.mean}, found.population.stderr
+        # One image has no standard error.
+        return point | ({"validation_stderr": stderr} if math.isfinite(stderr) else {})
+
+    return validate
 
 
 def fit(experiment: Experiment, workdir: Workdir, learner: Learner) -> None:
@@ -293,13 +325,10 @@ def _restore(
     if restored is None:
         if rows := metrics.read(checkpoints.directory.parent):
             logging.warning(
-                "%s has no checkpoint, but %s reaches step %d: training begins again at step 0, "
-                "the old rows go to %s, and the old pictures to samples/*.earlier. If the "
-                "checkpoints were moved, stop this run, and put them and these files back",
-                checkpoints.directory,
-                metrics.FILE,
-                rows[-1]["step"],
-                metrics.EARLIER,
+                f"{checkpoints.directory} has no checkpoint, but {metrics.FILE} reaches step "
+                f"{rows[-1]['step']}: training begins again at step 0, the old rows go to "
+                f"{metrics.EARLIER}, and the old pictures to samples/*.earlier. If the checkpoints "
+                "were moved, stop this run, and put them and these files back"
             )
         state = sharding.initial_state(learner.init, mesh, shard_state=section.shard_state)
         return state, 0, provenance
@@ -315,13 +344,9 @@ def _restore(
     if changed and restored.step < section.num_steps:
         logging.warning("training continues with other settings than it began with: %s", names)
     elif changed or restored.step > section.num_steps:
-        logging.warning(
-            "nothing is trained: step %d is stored, and %s=%d. Changed: %s",
-            restored.step,
-            section.name_of("num_steps"),
-            section.num_steps,
-            names or "nothing else",
-        )
+        settings = f"{section.name_of('num_steps')}={section.num_steps}"
+        stored = f"nothing is trained: step {restored.step} is stored, and {settings}"
+        logging.warning(f"{stored}. Changed: {names or 'nothing else'}")
     return restored.state, restored.step, provenance
 
 

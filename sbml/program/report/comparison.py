@@ -77,8 +77,7 @@ class Run:
             bits[number] = table["id"], table[column]
         step = evaluation["checkpoint"]["step"]
         curves = [point for point in metrics.read(workdir) if point["step"] <= step]
-        drawn = summary.samples_of(workdir, evaluation["checkpoint"])
-        found = None if drawn is None else summary.quality_of(workdir, drawn)
+        drawn, quality = summary.samples_of(workdir, evaluation["checkpoint"])
         return cls(
             name or workdir.name,
             evaluation,
@@ -86,7 +85,7 @@ class Run:
             bits,
             curves[-1]["seconds"] if curves else None,
             None if drawn is None else drawn["images"],
-            {} if found is None else found["values"],
+            {} if quality is None else quality["values"],
         )
 
     @property

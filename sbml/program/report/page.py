@@ -22,12 +22,12 @@ from etils import epath
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from sbml.core.files import write_whole
+from sbml.core.files import strict, write_whole
 from sbml.core.scalars import notation
 from sbml.core.types import Json
 from sbml.density.estimators import Cell
 from sbml.program.report import pictures, plots
-from sbml.program.report.result import KIND, ROWS, read, strict
+from sbml.program.report.result import KIND, ROWS, read
 from sbml.statistics import intervals
 from sbml.statistics.intervals import HEAVY, Interval
 

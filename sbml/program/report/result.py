@@ -1,7 +1,5 @@
 """A row of ``report.json``: a number (``Estimate.row``) with its cell and images."""
 
-import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,32 +41,8 @@ ROWS = {
 KIND = ("estimator", "dequantizer", "num_importance")  # the fields of a ``Cell``
 
 
-def strict(value: Any, name: str = "report") -> Any:
-    """``value`` in the types of JSON, without numbers that are not finite.
-
-    Such numbers become the strings "NaN", "Infinity" and "-Infinity", which Python's ``float``
-    reads. Arrays and tuples become lists, and an ``Interval`` becomes an object of its fields.
-
-    Raises:
-      ValueError: JSON has no type for a value; the message gives its place in ``name``.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): strict(item, f"{name}.{key}") for key, item in value.items()}
-    if isinstance(value, Interval):
-        return strict(value._asdict(), name)
-    if isinstance(value, (list, tuple)):
-        return [strict(item, f"{name}[{index}]") for index, item in enumerate(value)]
-    if hasattr(value, "tolist"):  # numpy and jax arrays and scalars
-        return strict(value.tolist(), name)
-    if isinstance(value, float) and not math.isfinite(value):
-        return json.dumps(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise ValueError(f"{name} is {value!r}, which JSON cannot hold: pass a number or a string.")
-
-
 def read(value: Any) -> Any:
-    """What :func:`strict` was given: its strings for numbers that are not finite become floats."""
+    """What ``core.files.strict`` was given: the strings for numbers become floats again."""
     if isinstance(value, Mapping):
         return {name: read(item) for name, item in value.items()}
     if isinstance(value, list):

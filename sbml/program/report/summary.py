@@ -91,10 +91,11 @@ def write(
         )
         logging.warning("%s", warning)
         warnings.insert(0, warning)
-    if (codec := codec_of(workdir, checkpoint)) is not None:
+    coded = {name: crc32 for name, crc32 in checkpoint.items() if name != "step"}
+    if (codec := made_of(workdir, CODEC, coded)) is not None:
         content["codec"] = codec
         warnings += codec.get("warnings", [])
-    samples, pictures = samples_of(workdir, checkpoint), []
+    (samples, quality), pictures = samples_of(workdir, checkpoint), []
     if samples is not None:
         count, failed = len(samples["images"]), int(np.sum(samples["failed"]))
         content["samples"] = {
@@ -106,7 +107,7 @@ def write(
         }
         if failed:
             warnings.append(f"{failed} of {count} samples are not finite")
-        if (quality := quality_of(workdir, samples)) is not None:
+        if quality is not None:
             content["quality"] = quality["values"]
             warnings += [f"quality of the samples: {each}" for each in quality.get("warnings", [])]
             png = workdir.read_png(NEIGHBOURS) if workdir.has(NEIGHBOURS) else b""
@@ -114,11 +115,8 @@ def write(
             if png and quality.get("neighbours_crc32", crc32) == crc32:
                 pictures = [(NEIGHBOURS_CAPTION, png)]
             else:
-                logging.warning(
-                    "%s is not that of %s: left out; make it again (--mode=quality)",
-                    workdir / NEIGHBOURS,
-                    QUALITY,
-                )
+                about = f"{workdir / NEIGHBOURS} is not that of {QUALITY}"
+                logging.warning(f"{about}: left out; make it again (--mode=quality)")
     elif workdir.has(SAMPLES):
         drawn, evaluated = int(workdir.read(SAMPLES)["step"]), checkpoint["step"]
         remedy = "draw new samples (--mode=sample)"
@@ -278,41 +276,28 @@ def _sums(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
-def samples_of(workdir: Workdir, checkpoint: Mapping[str, int]) -> dict[str, Any] | None:
-    """The arrays of ``samples.npz``.
-
-    None if there is no such file, or if it is of another checkpoint than ``checkpoint``, which has
-    the step and the CRC-32 of the parameters, or is empty if any checkpoint will do.
-    """
-    if not workdir.has(SAMPLES):
+def made_of(
+    workdir: Workdir, name: str, origin: Mapping[str, int], what: str = "another checkpoint"
+) -> dict[str, Any] | None:
+    """The content of the file ``name``. None if there is no such file or, with a warning, if it is
+    of ``what``: its values differ from those in ``origin``, such as the step and the CRC-32 of the
+    parameters, which is empty if any checkpoint will do."""
+    if not workdir.has(name):
         return None
-    samples = workdir.read(SAMPLES)
-    if any(int(samples.get(name, -1)) != value for name, value in checkpoint.items()):
-        step, path = int(samples["step"]), workdir / SAMPLES
-        logging.warning("%s, of step %d, is of another checkpoint: left out", path, step)
+    found = workdir.read(name)
+    if any(int(found.get(key, -1)) != value for key, value in origin.items()):
+        step = f", of step {int(found['step'])}," if "step" in found else ""
+        logging.warning("%s%s is of %s: left out", workdir / name, step, what)
         return None
-    return samples
-
-
-def codec_of(workdir: Workdir, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The content of ``codec.json``; None if there is no such file or, with a warning, if its
-    images were coded by another checkpoint."""
-    if not workdir.has(CODEC):
-        return None
-    codec = workdir.read(CODEC)
-    if checkpoint and codec["parameters_crc32"] != checkpoint["parameters_crc32"]:
-        logging.warning("%s is of another checkpoint: left out", workdir / CODEC)
-        return None
-    return codec
+    return found
 
 
-def quality_of(workdir: Workdir, samples: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The content of ``quality.json``; None if there is no such file, or if it is of other samples
-    than ``samples``."""
-    if not workdir.has(QUALITY):
-        return None
-    quality = workdir.read(QUALITY)
-    if quality["images_crc32"] != tree_crc32(samples["images"]):
-        logging.warning("%s is of other samples: left out", workdir / QUALITY)
-        return None
-    return quality
+def samples_of(
+    workdir: Workdir, checkpoint: Mapping[str, int]
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The arrays of ``samples.npz`` of a ``checkpoint``, as for :func:`made_of`, and the content of
+    ``quality.json`` of these samples; None for a file that is missing."""
+    if (samples := made_of(workdir, SAMPLES, checkpoint)) is None:
+        return None, None
+    drawn = {"images_crc32": tree_crc32(samples["images"])}
+    return samples, made_of(workdir, QUALITY, drawn, "other samples")

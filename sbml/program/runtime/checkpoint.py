@@ -259,6 +259,13 @@ class Checkpoints:
             "directory away to start again."
         )
 
+    def require(self, template: Template, missing: str) -> Restored:
+        """What :meth:`restore` reads; without a checkpoint, a ValueError with the text ``missing``,
+        in which {} stands for the directory."""
+        if (restored := self.restore(template)) is None:
+            raise ValueError(missing.format(self.directory))
+        return restored
+
     def each(self, template: Template) -> Iterator[Restored]:
         """All undamaged checkpoints by their steps; ``template`` as for :meth:`restore`."""
         self.wait()
@@ -355,11 +362,8 @@ class Checkpoints:
         """Record that ``step`` was not saved; log an error unless the save before it failed too."""
         if not self._missed:
             logging.error(
-                "The checkpoint of step %d was not saved in %s: %s. Training goes on, and tries "
-                "again to save at each later checkpoint",
-                step,
-                self.directory,
-                reason,
+                f"The checkpoint of step {step} was not saved in {self.directory}: {reason}. "
+                "Training goes on, and tries again to save at each later checkpoint"
             )
         self._missed, self._tried = (step, reason), True
 

@@ -22,6 +22,9 @@ from sbml.core import fingerprint, streams
 from sbml.core.files import DamagedFileError, intact_npz, read_json, read_npz, write_json, write_npz
 from sbml.core.types import Json
 from sbml.program.runtime import sharding, versions
+from sbml.program.runtime.preemption import Preemption
+
+STORED = "the images so far are stored"
 
 
 def _digest(identity: Mapping[str, object]) -> str:
@@ -59,22 +62,26 @@ def compute_once(
 
 class Resumable:
     """The state of one long computation, arrays by name, in a file of ``root`` that is usually
-    written at most every ten seconds; ``identity`` describes the computation in JSON values."""
+    written at most every ten seconds; ``identity`` describes the computation in JSON values. If
+    ``preemption`` asks it to stop, it does so after its state is written."""
 
-    def __init__(self, root: epath.PathLike, name: str, identity: Json) -> None:
+    def __init__(
+        self, root: epath.PathLike, name: str, identity: Json, preemption: Preemption
+    ) -> None:
         self.path = epath.Path(root) / f"{name}_{_digest(identity)}.npz"
-        self._written = time.monotonic()
+        self._written, self._preemption = time.monotonic(), preemption
 
     def load(self) -> dict[str, np.ndarray]:
         """The last state that was stored; {} if there is none."""
         return intact_npz(self.path) or {}
 
-    def store(self, state: Mapping[str, ArrayLike], *, now: bool) -> None:
-        """Store ``state`` if ten seconds have passed, or in any case if ``now``."""
-        if now or time.monotonic() - self._written > 10:
+    def store(self, state: Mapping[str, ArrayLike]) -> None:
+        """Store ``state`` if ten seconds have passed, or if it is time to stop."""
+        if self._preemption.requested() or time.monotonic() - self._written > 10:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_npz(self.path, state)
             self._written = time.monotonic()
+        self._preemption.leave_if_requested(STORED)
 
     def remove(self) -> None:
         """Remove the file of a computation that is finished."""
@@ -85,10 +92,14 @@ class Parts:
     """The parts of one table; ``identity`` describes its computation in plain JSON values.
 
     The parts lie in a folder of ``root`` whose name is a hash of ``identity``, so that different
-    computations use different folders. ``identity.json`` in it is for people.
+    computations use different folders. ``identity.json`` in it is for people. A computation that
+    ``preemption`` asks to stop does so after it has written a batch. Only process 0 writes.
     """
 
-    def __init__(self, root: epath.PathLike, identity: Json) -> None:
+    def __init__(
+        self, root: epath.PathLike, identity: Json, preemption: Preemption | None = None
+    ) -> None:
+        self._preemption = preemption or Preemption()
         self.directory = epath.Path(root) / _digest(identity)
         self.directory.mkdir(parents=True, exist_ok=True)
         self._noted = False  # whether the present versions are stored
@@ -97,12 +108,18 @@ class Parts:
     def write(self, columns: dict[str, np.ndarray]) -> None:
         """Add the rows ``columns`` and note the versions of the packages. The columns ``sweep``
         and ``id`` identify a row."""
-        if not self._noted:
-            present = versions.versions()
-            write_json(self.directory / f"versions_{_digest(present)}.json", present)
-            self._noted = True
-        first = f"{columns['sweep'][0]:04d}_{columns['id'][0]:08d}"
-        write_npz(self.directory / f"part_{first}.npz", columns)
+        if jax.process_index() == 0:
+            if not self._noted:
+                present = versions.versions()
+                write_json(self.directory / f"versions_{_digest(present)}.json", present)
+                self._noted = True
+            first = f"{columns['sweep'][0]:04d}_{columns['id'][0]:08d}"
+            write_npz(self.directory / f"part_{first}.npz", columns)
+        self._preemption.leave_if_requested(STORED)
+
+    def flush(self) -> None:
+        """Wait until all processes can read the rows."""
+        sharding.barrier("rows written")
 
     def other_versions(self) -> list[str]:
         """How the versions with which earlier commands wrote rows differ from the present ones: one

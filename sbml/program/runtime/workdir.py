@@ -31,6 +31,7 @@ from sbml.core.files import (
     read_npz,
     read_png,
     remote,
+    strict,
     write_json,
     write_npz,
     write_whole,
@@ -94,7 +95,7 @@ def _array(kinds: str, ndim: int) -> Any:
     return Annotated[Any, pydantic.AfterValidator(fits)]
 
 
-Number: Any = float | Literal["NaN", "Infinity", "-Infinity"]  # ``report.result.strict``
+Number: Any = float | Literal["NaN", "Infinity", "-Infinity"]  # ``core.files.strict``
 _Curve: Any = list[Number]
 _Baseline: Any = _form({"name": str, "bits_per_dim": Number, "ci95?": Number, "interval?": _Curve})
 _Interval: Any = _form(
@@ -150,8 +151,8 @@ FORMS: dict[str, Any] = {
             **dict.fromkeys(
                 ("count", "bytes", "steps", "lanes", "restored", "parameters_crc32"), int
             ),
-            **dict.fromkeys(("disk", "net", "initial", "header", "bound", "bound_stderr"), float),
-            "bound_ci95?": float,
+            **dict.fromkeys(("disk", "net", "initial", "header", "bound", "bound_stderr"), Number),
+            "bound_ci95?": Number,
             "warnings?": list[str],
         }
     ),
@@ -275,11 +276,13 @@ class Workdir(os.PathLike):
     # Only process 0 writes.
 
     def write(self, name: str, content: Mapping[str, object]) -> None:
-        """Write arrays to an .npz or plain JSON values to a .json, completely or not at all."""
-        write: Callable[..., None] = write_npz if name.endswith(".npz") else write_json
+        """Write arrays to an .npz or values to a .json (``strict``), completely or not at all."""
         if jax.process_index() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
-            write(self / name, content)
+            if name.endswith(".npz"):
+                write_npz(self / name, content)  # type: ignore[arg-type]
+            else:
+                write_json(self / name, strict(content, name))
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a picture or page, completely or not at all."""

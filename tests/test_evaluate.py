@@ -18,9 +18,11 @@ from scipy import stats
 
 from experiments import table2
 from sbml.core.files import read_json, read_npz, write_json, write_npz
+from sbml.density.estimate import Estimate
 from sbml.density.estimators import Cell, ode
 from sbml.density.estimators import bound as bounds
 from sbml.likelihood import bound
+from sbml.likelihood.ode import Solver
 from sbml.program.config import build
 from sbml.program.evaluation.cells import Dequantization, check_first_batch
 from sbml.program.evaluation.table import cautions, contradictions
@@ -37,6 +39,7 @@ from sbml.program.runtime.workdir import (
     SAMPLES,
     Workdir,
 )
+from sbml.statistics.intervals import mean_interval
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +210,10 @@ def test_a_bound_far_below_the_ode_gives_a_warning(above, said):
     """The noise of the images is common to both, so the difference is paired."""
     bound = np.random.default_rng(0).normal(3, 1, 50)
     ids = SimpleNamespace(ids=np.arange(50))
+    usual = mean_interval(bound)
     numbers = [
-        SimpleNamespace(values=bound + more, solver=solver, unit="bits/dim")
-        for more, solver in ((above, 1), (0.0, None))
+        Estimate(bound + more, {}, "bits/dim", 1e-3, bound, usual, usual, solver=solver)
+        for more, solver in ((above, Solver()), (0.0, None))
     ]
     kinds = ((ODE, ode.Estimator), (BOUND, bounds.Estimator))
     found = contradictions(

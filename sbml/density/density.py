@@ -376,6 +376,11 @@ class Density:
         ``_How``."""
         how = _How(self.sde, self._eps, self.shape, self._trace, **constants)
         sampler = constants.get("sampler")
+        if isinstance(sampler, samplers.Map) and conditions is not None:
+            raise ValueError(
+                "a condition reaches the score only, and samplers.Map does not use it: leave it "
+                "out, and give Map the function under this condition"
+            )
         exact = (self._trace.kind == "exact" or sampler) and f in (_log_prob, _sample_and_log_prob)
         size = min(self.batch_size, exact_batch(self.dims)) if exact else self.batch_size
         run = self._compiled(_of_rows, conditions, "f", "how", "size")

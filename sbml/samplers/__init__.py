@@ -10,8 +10,8 @@ are frozen dataclasses and hashable, so they can be static under ``jit``.
 and E[z | x_t] from a score, and ``denoise`` the first of them only.
 
 ``SAMPLERS`` has the names in configs. The file ``_grid`` has what all samplers with fixed steps
-share, ``one_step`` and ``multistep`` have the formulas, and ``corrector`` has the correctors that
-can follow each step.
+share, ``one_step`` and ``multistep`` have the formulas, ``flow_map`` has those of a network that
+jumps from one time to another, and ``corrector`` has the correctors that can follow each step.
 
 May import: core, likelihood, sdes.
 """
@@ -20,6 +20,7 @@ from sbml.core.registry import Registry, subclass
 from sbml.samplers._grid import SPACINGS, FixedSteps, Sampler, denoise, predictions
 from sbml.samplers.corrector import CORRECTORS, AnnealedLangevin, Langevin
 from sbml.samplers.density import Chain, Path, PathLogProb, Transition
+from sbml.samplers.flow_map import Map
 from sbml.samplers.multistep import DPMSolver
 from sbml.samplers.one_step import DDIM, Ancestral, EulerMaruyama, Midpoint, ReverseDiffusion
 from sbml.samplers.probability_flow import ODE, decode, ode_sample
@@ -37,6 +38,7 @@ __all__ = [
     "EulerMaruyama",
     "FixedSteps",
     "Langevin",
+    "Map",
     "Midpoint",
     "Path",
     "PathLogProb",

@@ -181,7 +181,7 @@ class FixedSteps(Chain):
             x = self.corrector(score, sde, x, triple[1], triple[2], own_key)
             return (x, carry), x if keep else None
 
-        start = z / sde.stretch  # The latent is at T, and the first step begins at largest_time.
+        start = z / self.stretch(sde)  # The latent is at T, the first step may begin before it.
         inputs = jnp.arange(self.steps), triples
         (x, _), path = jax.lax.scan(one, (start, self.init(z)), inputs)
         return x, path, times

@@ -25,6 +25,7 @@ from sbml.samplers import (
     DPMSolver,
     EulerMaruyama,
     FixedSteps,
+    FlowPolicy,
     Langevin,
     Map,
     Midpoint,
@@ -182,6 +183,47 @@ def test_paths_have_the_densities_of_their_normal_steps(name: str, family: str) 
     ]
     np.testing.assert_allclose(found.steps, steps, rtol=1e-12)
     assert found.total == pytest.approx(float(found.prior) + sum(steps), rel=1e-9)
+
+
+def test_flow_policies_have_the_published_step() -> None:
+    """x + (v + q^2 (x + (1 - t) v) / (2 t)) dt + q sqrt(-dt) z, in the velocity v."""
+    data, _ = exact_flow()
+    v = lambda x, t: -x + 3 * t  # noqa: E731
+    score = from_prediction(v, "flow", data.sde)
+    x, a = np.array([0.4, -1.2]), 0.5
+    first = float(data.sde.largest_time)
+    for s, t in ((first, 0.7), (0.7, 0.2)):
+        found = FlowPolicy(3, a=a).transition(score, data.sde, x, jnp.asarray(s), jnp.asarray(t))
+        q, dt = a * math.sqrt(s / (1 - (t if s == first else s))), t - s
+        mean = x + (v(x, s) + q**2 / (2 * s) * (x + (1 - s) * v(x, s))) * dt
+        np.testing.assert_allclose(found.mean, mean, rtol=1e-9)
+        assert float(found.std) == pytest.approx(q * math.sqrt(-dt), rel=1e-9)
+
+
+def test_a_window_has_the_noise_and_the_densities_of_its_steps_only() -> None:
+    (data, d), whole = exact_flow(), DDIM(5, eta=0.7)
+    sampler, z = whole.window(1, 3), jnp.asarray([0.4, -1.2])
+
+    @jax.jit
+    def drawn(z: Array) -> Any:
+        path, logp = sampler.sample_path(d.score, data.sde, z, KEY, eps=EPS)
+        again = sampler.path_log_prob(lambda x, t, key: d.score(x, t), data.sde, path)
+        return path, logp, again, sampler(d.score, data.sde, z, KEY, eps=EPS)[0]
+
+    path, logp, again, sample = drawn(z)
+    np.testing.assert_array_equal(path.x[-1], sample)
+    np.testing.assert_array_equal(again.steps, logp.steps)
+    exact, x, times = Reference(data.sde, d.score), np.asarray(path.x), np.asarray(path.times)
+    for i, (s, t) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        if 1 <= i < 3:
+            mean, std = exact.transition(whole, x[i], s, t)
+            expected = stats.norm.logpdf(x[i + 1], mean, std).sum()
+            assert float(logp.steps[i]) == pytest.approx(expected, rel=1e-9)
+        else:
+            mean, _ = exact.transition(DDIM(5), x[i], s, t)
+            np.testing.assert_allclose(x[i + 1], mean, rtol=1e-9)
+            assert logp.steps[i] == 0
+    assert sampler.nfe == 5 and hash(sampler) == hash(whole.window(1, 3)) != hash(whole)
 
 
 MEANS = np.array([[1.5, 0.0], [-1.0, 1.0], [0.0, -1.5], [-1.5, -1.0]])
@@ -545,6 +587,21 @@ class Own(FixedSteps):
                 d.score, VP(), Ancestral(3).sample_path(d.score, VP(), jnp.ones(2), KEY, eps=EPS)[0]
             ),
             r"path of Ancestral\(steps=3",
+        ),
+        (lambda d: Ancestral(4).window(2, 5), r"window\(2, 5\) of 4 steps: give 0 <= first < last"),
+        (lambda d: Ancestral(4).window(2, 2), r"window\(2, 2\) of 4 steps"),
+        (lambda d: Ancestral(4).window(0.5, 2), "first is 0.5.*give an integer"),
+        (lambda d: DDIM(4).window(0, 2), "the variance of its steps is 0"),
+        (lambda d: DPMSolver(4).window(0, 2), "DPMSolver has no density"),
+        (
+            lambda d: d.sample_and_log_prob(KEY, 2, sampler=Ancestral(4).window(0, 2)),
+            "is not a chain of fixed",
+        ),
+        (
+            lambda d: d.sample_path(
+                KEY, 2, sampler=dataclasses.replace(Ancestral(4).window(0, 2), corrector=Langevin())
+            ),
+            "corrector=Langevin.*has no density",
         ),
         (lambda d: drawn_by(jnp.add, (1.0, 1.0)), r"grid=\(1.0, 1.0\): give times that decrease"),
         (lambda d: drawn_by(jnp.add, (1.0,)), r"grid=\(1.0,\): give times that decrease"),

@@ -22,7 +22,14 @@ from sbml.samplers.corrector import CORRECTORS, AnnealedLangevin, Langevin
 from sbml.samplers.density import Chain, Path, PathLogProb, Transition
 from sbml.samplers.flow_map import Map
 from sbml.samplers.multistep import DPMSolver
-from sbml.samplers.one_step import DDIM, Ancestral, EulerMaruyama, Midpoint, ReverseDiffusion
+from sbml.samplers.one_step import (
+    DDIM,
+    Ancestral,
+    EulerMaruyama,
+    FlowPolicy,
+    Midpoint,
+    ReverseDiffusion,
+)
 from sbml.samplers.probability_flow import ODE, decode, ode_sample
 
 __all__ = [
@@ -37,6 +44,7 @@ __all__ = [
     "DPMSolver",
     "EulerMaruyama",
     "FixedSteps",
+    "FlowPolicy",
     "Langevin",
     "Map",
     "Midpoint",

@@ -141,6 +141,25 @@ class FixedSteps(Chain):
         """See ``Chain``."""
         return grid(sde, eps, self.steps, self.spacing)
 
+    @typed
+    def window(self, first: int, last: int) -> "FixedSteps":
+        """The sampler with noise in its steps ``first`` to ``last`` - 1 only, counted from 0
+        (``sbml.samplers.window``).
+
+        Raises:
+          ValueError: there are no such steps, or they have no density.
+        """
+        from sbml.samplers.window import Window  # It is a sampler with fixed steps itself.
+
+        self.check_density(deterministic=False)
+        if not 0 <= first < last <= self.steps:
+            raise ValueError(
+                f"window({first}, {last}) of {self.steps} steps: give 0 <= first < last <= "
+                f"{self.steps}, as in x[first:last]"
+            )
+        same = self.steps, self.spacing, self.corrector
+        return Window(*same, sampler=self, first=first, last=last)
+
     def init(self, z: Example) -> PyTree:
         """The state that is passed from step to step together with x."""
         return ()

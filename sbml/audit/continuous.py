@@ -65,7 +65,8 @@ class Field:
 
     @full_precision
     def __call__(self, x: Any, t: Any) -> Any:
-        s, noise, x_0 = self._terms(x, 1 - t if self.reverse else t)[1:]
+        with jax.numpy_rank_promotion("allow"):
+            s, noise, x_0 = self._terms(x, 1 - t if self.reverse else t)[1:]
         flow = noise * self.prior_std - x_0
         return {"velocity": -flow if self.reverse else flow, "score": s, "noise": noise}[self.kind]
 

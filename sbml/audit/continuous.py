@@ -221,7 +221,8 @@ def density(
     put("repeatable", name, agree, f"two calls with one seed {'agree' if agree else 'differ'}")
     others = x[:1], np.concatenate([x[:1], 3 * x[1:]])
     gap = np.stack([numbers(field, batch)[:, 0] - usual[:, 0] for batch in others], 1)
-    rounding = 1e-5 * (1 + np.abs(usual).max())
+    digits = 1e-10 if np.any(usual != usual.astype(np.float32)) else 1e-5  # of float64 or float32
+    rounding = digits * (1 + np.abs(usual).max())
     right("independent", name, gap, "alone or in another batch, log p differs by", rounding)
     low = x.astype(np.float32)
     right("float32", name, numbers(field, low) - field.log_prob(low.astype(float)), "an error of")

@@ -1,6 +1,6 @@
 """Is a continuous log p right? It is computed from exact fields of data whose density is known.
 
-    x_t = alpha(t) x_0 + sigma(t) S z,     dx/dt = v(x, t),     x_1 ~ N(0, S^2 I) approximately
+    x_t = alpha(t) x_0 + sigma(t) S z,     dx/dt = v(x, t),     x_1 ~ N(0, S^2 I)
 
     kind        alpha, sigma                     the field                v
     velocity    1 - t, t                         E[S z - x_0 | x_t]       the field
@@ -176,21 +176,18 @@ def density(
         return np.stack(found)
 
     def put(check: str, name: str, ok: Any, words: str, value: Any = math.nan, by: Any = 0) -> None:
-        verdict = PASS if ok else FAIL
+        verdict = FAIL if not ok else UNCLEAR if by > COARSE else PASS
         findings.append(Finding(check, name, verdict, float(value), float(by), words))
 
     def right(check: str, name: str, gap: np.ndarray, words: str, rounding: float = 1.0) -> bool:
         """The mean of ``gap (calls, n)`` over the calls, where it exceeds its tolerance most."""
         mean, n = np.abs(gap.mean(0)), len(gap)
-        by = limit(gap.std(0, ddof=1) / math.sqrt(n), n) if n > 1 else np.zeros(len(mean))
-        worst = int(np.argmax(np.where(np.isnan(mean), np.inf, mean - by)))
-        value, slack = float(mean[worst]), float(by[worst])
-        ok = value <= slack + tolerance
-        words = f"{words} {value:.2g} nats, at most {slack + tolerance:.2g}"
-        put(check, name, ok, words, value, slack + tolerance)
-        if ok and (slack > COARSE or value > slack + rounding):
-            found = UNCLEAR if slack > COARSE else NOTE
-            findings[-1] = dataclasses.replace(findings[-1], verdict=found)
+        by = tolerance + (limit(gap.std(0, ddof=1) / n**0.5, n) if n > 1 else 0 * mean)
+        i = int(np.argmax(np.where(np.isnan(mean), np.inf, mean - by)))
+        ok = bool(mean[i] <= by[i])
+        put(check, name, ok, f"{words} {mean[i]:.2g} nats, at most {by[i]:.2g}", mean[i], by[i])
+        if ok and mean[i] > by[i] - tolerance + rounding:
+            findings[-1] = dataclasses.replace(findings[-1], verdict=NOTE)
         return ok
 
     for name, field in named.items():
@@ -234,6 +231,6 @@ def density(
         ratio = many * probes[1] / max(few * probes[0], 1e-12)
         most = stats.f.isf(ALPHA, calls - 1, calls - 1)
         words = f"the variance times the number of probes grows by {ratio:.2g}, at most {most:.2g}"
-        put("spread", name, ratio <= most, words, ratio, most)
+        put("spread", name, ratio <= most, words, ratio)
     called = getattr(make, "__name__", type(make).__name__)
     return Report(called, tuple(findings), time.perf_counter() - start)

@@ -123,6 +123,8 @@ def test_steps_of_the_whole_batch_are_a_note() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"returned shape \(8, 1\) for 8 examples"):
         density(changed(lambda x, p: p[:, None]))
+    with pytest.raises(ValueError, match=r"probes=\(4, 1\): give a smaller and a larger"):
+        density(exact, probes=(4, 1))
     with pytest.raises(ValueError, match="kind is 'flow'.*among 'velocity'"):
         density(exact, "flow")
 
@@ -256,4 +258,4 @@ def test_code_with_a_mistake_fails(make: Any, failing: set[str], options: Any) -
     assert failing <= report.failed, str(report)
     if "time" in failing:
         words = [f.words for f in report.findings if f.check == "time" and f.verdict == FAIL]
-        assert words == ["log p is right with reverse=True"]
+        assert words == ["right with reverse=True"]

@@ -37,7 +37,7 @@ class Map(FixedSteps):
     corrector: Corrector = dataclasses.field(default=NoCorrector(), kw_only=True)
     deterministic: ClassVar[bool] = True
 
-    f: Callable[..., Array] = dataclasses.field(repr=False)
+    f: Callable[..., Array] = dataclasses.field(repr=False)  # type: ignore[misc]
     grid: tuple[float, ...] = (1.0, 0.0)
 
     def __post_init__(self) -> None:

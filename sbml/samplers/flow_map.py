@@ -41,8 +41,9 @@ class Map(FixedSteps):
     grid: tuple[float, ...] = (1.0, 0.0)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", len(self.grid) - 1)
-        if not self.steps or any(t <= r for t, r in zip(self.grid, self.grid[1:], strict=False)):
+        ends = list(zip(self.grid, self.grid[1:], strict=False))
+        object.__setattr__(self, "steps", len(ends))
+        if not ends or any(t <= r for t, r in ends):
             raise ValueError(f"grid={self.grid}: give times that decrease, such as (1.0, 0.5, 0.0)")
 
     def stretch(self, sde: SDE) -> Number:

@@ -69,13 +69,6 @@ class Case(NamedTuple):
 # Distributions of x_0.
 
 
-def as_mixture(data: oracle.Gaussian) -> oracle.Mixture:
-    """The same distribution, written as a mixture of three identical parts, so that the functions
-    compiled for mixtures serve it too."""
-    parts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[data] * 3)
-    return oracle.Mixture(jnp.asarray([0.5, 0.3, 0.2]), parts)
-
-
 def sigma_points(data: oracle.Gaussian) -> tuple[Array, Array]:
     """x_0 ``(4d, d)`` and z ``(4d, d)`` whose plain average of any quadratic form in (x_0, z) is
     its expectation under x_0 ~ N(mean, cov), z ~ N(0, I). In coordinates in which both are N(0, I),
@@ -265,7 +258,7 @@ def likelihood_rows(name: str, sde: SDE) -> Iterator[Row]:
     v_0, v_1 = (np.asarray(data.variances(t)) for t in ends)
     log_det = np.log(sigma / sigma_1 * np.sqrt(v_1 / v_0)).sum()
     truth = stats.norm(0, sde.prior_std).logpdf(z).sum(1) + log_det
-    result, _, _ = likelihoods(as_mixture(data), jnp.asarray(x))
+    result, _, _ = likelihoods(oracle.as_mixture(data), jnp.asarray(x))
     yield row("ODE log p, Gaussian", name, result.logp, truth, 1e-5)
     result, log_p, log_p_latent = likelihoods(oracle.mixture(sde), jnp.asarray(x))
     got = result.divergence + result.correction + log_p_latent

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from closed_forms import as_mixture
 from families import FAMILIES
 
 from sbml.audit import oracle
@@ -35,7 +34,7 @@ def data_of(kind: str, name: str = "vp") -> oracle.Mixture:
     sde = SDES[name]()
     if kind == "mixture":
         return oracle.mixture(sde)
-    return as_mixture(getattr(oracle, kind)(sde))
+    return oracle.as_mixture(getattr(oracle, kind)(sde))
 
 
 def examples() -> Array:

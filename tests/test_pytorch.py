@@ -10,6 +10,7 @@ import test_docs
 from scipy import integrate
 
 import sbml
+from sbml.audit import continuous
 from sbml.likelihood.ode import Solver
 from sbml.score import from_prediction, pytorch
 from sbml.score.divergence import Trace
@@ -147,3 +148,16 @@ def test_a_callback_says_where_gradients_come_from(module) -> None:
     d = density(pytorch.callback(module))
     with pytest.raises(ValueError, match="no gradient of log p.*use sbml.pytorch.network"):
         jax.grad(lambda x: d.log_prob(x).sum())(jnp.asarray(X))
+
+
+def test_fields_of_the_audit_can_be_differentiated() -> None:
+    torch = pytest.importorskip("torch")
+    field = continuous.worlds("velocity")["mixture 2"]
+    x = np.random.default_rng(0).normal(size=(3, 2))
+    given = torch.tensor(x, requires_grad=True)
+    found = field(given, torch.full((3,), 0.3, dtype=given.dtype))
+    np.testing.assert_allclose(found.detach(), field(x, 0.3), rtol=1e-9)
+    [slope] = torch.autograd.grad(found[:, 0].sum(), given)
+    step = np.array([1e-5, 0])
+    expected = (field(x + step, 0.3) - field(x - step, 0.3))[:, 0] / 2e-5
+    np.testing.assert_allclose(slope[:, 0], expected, rtol=1e-6)

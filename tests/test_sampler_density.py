@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy import stats
 
 import sbml
+from sbml.audit import oracle
 from sbml.core import bits
 from sbml.core.types import Array, conditioned
 from sbml.density.density import _walk
@@ -27,7 +29,9 @@ from sbml.samplers import (
     DPMSolver,
     EulerMaruyama,
     FixedSteps,
+    FlowPolicy,
     Langevin,
+    Map,
     Midpoint,
     Path,
     ReverseDiffusion,
@@ -225,6 +229,47 @@ def test_paths_have_the_densities_of_their_normal_steps(name: str, family: str) 
     assert found.total == pytest.approx(float(found.prior) + sum(steps), rel=1e-9)
 
 
+def test_flow_policies_have_the_published_step() -> None:
+    """x + (v + q^2 (x + (1 - t) v) / (2 t)) dt + q sqrt(-dt) z, in the velocity v."""
+    data, _ = exact_flow()
+    v = lambda x, t: -x + 3 * t  # noqa: E731
+    score = from_prediction(v, "flow", data.sde)
+    x, a = np.array([0.4, -1.2]), 0.5
+    first = float(data.sde.largest_time)
+    for s, t in ((first, 0.7), (0.7, 0.2)):
+        found = FlowPolicy(3, a=a).transition(score, data.sde, x, jnp.asarray(s), jnp.asarray(t))
+        q, dt = a * math.sqrt(s / (1 - (t if s == first else s))), t - s
+        mean = x + (v(x, s) + q**2 / (2 * s) * (x + (1 - s) * v(x, s))) * dt
+        np.testing.assert_allclose(found.mean, mean, rtol=1e-9)
+        assert float(found.std) == pytest.approx(q * math.sqrt(-dt), rel=1e-9)
+
+
+def test_a_window_has_the_noise_and_the_densities_of_its_steps_only() -> None:
+    (data, d), whole = exact_flow(), DDIM(5, eta=0.7)
+    sampler, z = whole.window(1, 3), jnp.asarray([0.4, -1.2])
+
+    @jax.jit
+    def drawn(z: Array) -> Any:
+        path, logp = sampler.sample_path(d.score, data.sde, z, KEY, eps=EPS)
+        again = sampler.path_log_prob(lambda x, t, key: d.score(x, t), data.sde, path)
+        return path, logp, again, sampler(d.score, data.sde, z, KEY, eps=EPS)[0]
+
+    path, logp, again, sample = drawn(z)
+    np.testing.assert_array_equal(path.x[-1], sample)
+    np.testing.assert_array_equal(again.steps, logp.steps)
+    exact, x, times = Reference(data.sde, d.score), np.asarray(path.x), np.asarray(path.times)
+    for i, (s, t) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        if 1 <= i < 3:
+            mean, std = exact.transition(whole, x[i], s, t)
+            expected = stats.norm.logpdf(x[i + 1], mean, std).sum()
+            assert float(logp.steps[i]) == pytest.approx(expected, rel=1e-9)
+        else:
+            mean, _ = exact.transition(DDIM(5), x[i], s, t)
+            np.testing.assert_allclose(x[i + 1], mean, rtol=1e-9)
+            assert logp.steps[i] == 0
+    assert sampler.nfe == 5 and hash(sampler) == hash(whole.window(1, 3)) != hash(whole)
+
+
 MEANS = np.array([[1.5, 0.0], [-1.0, 1.0], [0.0, -1.5], [-1.5, -1.0]])
 
 
@@ -385,6 +430,106 @@ def test_the_gap_is_the_kl_of_two_gaussians() -> None:
     noisy = dataclasses.replace(d, trace=Trace("gaussian", 1))
     both = [each.gap(jax.random.key(0), 4, sampler=sampler).values for each in (d, noisy)]
     np.testing.assert_array_equal(*both)  # Both have the exact trace.
+
+
+def exact_flow(d: int = 2) -> tuple[oracle.Gaussian, sbml.Density]:
+    data = oracle.gaussian(RectifiedFlow(), d)
+    return data, sbml.Density(data.score, data.sde, (d,), eps=EPS)
+
+
+def test_the_exact_map_of_a_gaussian_has_its_density() -> None:
+    """In any number of steps, at its own samples and at given x."""
+    (data, d), start = exact_flow(), jnp.zeros(())
+    sampler = Map(data.flow, (1.0, 0.4, 0.0))
+    z = jnp.asarray([0.4, -1.2])
+    (x, drawn), (again, cost), (points, times) = jax.jit(
+        lambda z: (
+            sampler.sample_logp(d.score, d.sde, z, eps=EPS),
+            sampler(d.score, d.sde, z, KEY, eps=EPS),
+            sampler.path(d.score, d.sde, z, KEY, eps=EPS, frames=3),
+        )
+    )(z)
+    np.testing.assert_allclose(x, data.flow(z, start + 1, start), rtol=1e-9)
+    np.testing.assert_allclose(drawn.logp, data.logp(x, start), rtol=1e-9)
+    np.testing.assert_array_equal(again, x)
+    np.testing.assert_array_equal(times, sampler.grid)
+    np.testing.assert_allclose(points[1], data.flow(z, start + 1, start + 0.4), rtol=1e-9)
+    assert cost.nfe == 2 and drawn.positive.shape == (2,)
+    at = jax.jit(lambda x: sampler.logp(d.score, d.sde, x, eps=EPS).logp)
+    np.testing.assert_allclose(at(z), data.logp(z, start), rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_the_weights_and_the_gap_of_the_exact_map() -> None:
+    data, d = exact_flow()
+    target = lambda x: data.logp(x, jnp.zeros(())) + 3  # noqa: E731
+    found = d.importance(KEY, 200, target, sampler=Map(data.flow, (1.0, 0.4, 0.0)))
+    assert found.log_z.mean == pytest.approx(3, abs=1e-9) and found.evaluations == 2
+    gap = d.gap(KEY, 20, sampler=Map(data.flow, (1.0, EPS)))
+    np.testing.assert_allclose(gap.values, 0, atol=1e-3)  # The solver of the ODE has an error.
+
+
+@pytest.mark.slow
+def test_a_distilled_map_has_a_density_that_integrates_to_one() -> None:
+    """The map from 1 to 0 in two steps, learned from the quantiles of a mixture of two Gaussians.
+    It is not exact, and its density is: its weights give the normaliser of the mixture."""
+    sde, parts = RectifiedFlow(), np.array([-1.0, 1.0])
+
+    def logp(x: Array, t: Array) -> Array:
+        a, s = 1 - t, jnp.sqrt(0.16 * (1 - t) ** 2 + t**2)
+        return jax.nn.logsumexp(jax.scipy.stats.norm.logpdf(x, a * parts, s)) - jnp.log(2)
+
+    side = np.linspace(-4, 4, 401)
+    times = np.linspace(0, 1, 21)
+    quantiles = stats.norm.cdf(side)
+    paths = []
+    for t in times:  # A flow in one dimension keeps the quantiles.
+        fine, s = np.linspace(-8, 8, 8001), math.hypot(0.4 * (1 - t), t)
+        cdf = 0.5 * sum(stats.norm.cdf(fine, (1 - t) * part, s) for part in parts)
+        inside = (cdf > 1e-9) & (cdf < 1 - 1e-9)
+        paths.append(np.interp(quantiles, cdf[inside], fine[inside]))
+    table = jnp.asarray(paths)
+
+    def jump(params: Any, x: Array, t: Array, r: Array) -> Array:
+        h = jnp.stack([x[0], t, r])
+        for w, b in params[:-1]:
+            h = jnp.tanh(w @ h + b)
+        w, b = params[-1]
+        return x - (t - r) * (w @ h + b)
+
+    sizes, keys = [3, 32, 32, 1], jax.random.split(KEY, 3)
+    params = [
+        (jax.random.normal(key, (m, n)) / n**0.5, jnp.zeros(m))
+        for key, n, m in zip(keys, sizes, sizes[1:], strict=False)
+    ]
+    optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, 1500))
+
+    def step(state: Any, key: Array) -> Any:
+        params, moments = state
+        i, j, k = jax.random.randint(key, (3, 256), 0, jnp.asarray([[401], [21], [21]]))
+        later, earlier = jnp.maximum(j, k), jnp.minimum(j, k)
+
+        def loss(params: Any) -> Array:
+            ends = jnp.asarray(times)[later], jnp.asarray(times)[earlier]
+            found = jax.vmap(jump, (None, 0, 0, 0))(params, table[later, i][:, None], *ends)
+            return jnp.mean((found[:, 0] - table[earlier, i]) ** 2)
+
+        updates, moments = optimizer.update(jax.grad(loss)(params), moments)
+        return (optax.apply_updates(params, updates), moments), None
+
+    start = params, optimizer.init(params)
+    (params, _), _ = jax.jit(lambda s, k: jax.lax.scan(step, s, k))(
+        start, jax.random.split(KEY, 1500)
+    )
+    d = sbml.Density(lambda x, t, key: jax.grad(logp)(x, t), sde, (1,), eps=EPS)
+    sampler = Map(functools.partial(jump, params), (1.0, 0.5, EPS))
+    x = jnp.linspace(-3.5, 3.5, 701)[:, None]
+    p = jnp.exp(d._log_prob(x, None, None, sampler))
+    assert float(jnp.nansum(p)) * 0.01 == pytest.approx(1, abs=2e-3)
+    found = d.importance(KEY, 2000, lambda x: logp(x, jnp.asarray(EPS)) + 3, sampler=sampler)
+    assert abs(found.log_z.mean - 3) < 1.5 * found.log_z.ci95 < 0.03
+    gap = d.gap(KEY, 500, sampler=sampler)
+    assert 0 < gap.mean < 0.05
 
 
 def policy(theta: Array) -> sbml.Density:
@@ -553,6 +698,13 @@ def half(d: sbml.Density) -> sbml.Density:
     return dataclasses.replace(d, score=lambda x, t, key: -x.astype(jnp.bfloat16))
 
 
+def drawn_by(f: Any, grid: tuple[float, ...] = (1.0, 0.0), condition: Any = None) -> Any:
+    d = exact_flow()[1]
+    if condition is not None:
+        d = dataclasses.replace(d, score=lambda x, t, key, c: x)
+    return d.sample_and_log_prob(KEY, 2, condition, sampler=Map(f, grid))
+
+
 class Own(FixedSteps):
     """A sampler with a step of its own."""
 
@@ -606,6 +758,31 @@ WITHOUT_DENSITY = [
         lambda d: sbml.Density(FOLD, VP(), (2,)).sample_and_log_prob(KEY, 20, sampler=TWO),
         "density of 20 samples is not known: step 1 of 2 of ODE folds space",
     ),
+    (lambda d: Ancestral(4).window(2, 5), r"window\(2, 5\) of 4 steps: give 0 <= first < last"),
+    (lambda d: Ancestral(4).window(2, 2), r"window\(2, 2\) of 4 steps"),
+    (lambda d: Ancestral(4).window(0.5, 2), "first is 0.5.*give an integer"),
+    (lambda d: DDIM(4).window(0, 2), "the variance of its steps is 0"),
+    (lambda d: DPMSolver(4).window(0, 2), "DPMSolver has no density"),
+    (
+        lambda d: d.sample_and_log_prob(KEY, 2, sampler=Ancestral(4).window(0, 2)),
+        "is not a chain of fixed",
+    ),
+    (
+        lambda d: d.sample_path(
+            KEY, 2, sampler=dataclasses.replace(Ancestral(4).window(0, 2), corrector=Langevin())
+        ),
+        "corrector=Langevin.*has no density",
+    ),
+    (lambda d: drawn_by(jnp.add, (1.0, 1.0)), r"grid=\(1.0, 1.0\): give times that decrease"),
+    (lambda d: drawn_by(jnp.add, (1.0,)), r"grid=\(1.0,\): give times that decrease"),
+    (lambda d: drawn_by(jnp.add, (0.9, 0.0)), "give times from T=1.0 down to 0 or eps=0.001"),
+    (lambda d: drawn_by(jnp.add, (1.0, 0.1)), "give times from T=1.0 down to 0 or eps=0.001"),
+    (lambda d: drawn_by(lambda x, t, r: x[:1]), r"Map returned shape \(1,\) for \(2,\)"),
+    (
+        lambda d: drawn_by(lambda x, t, r: x.astype(jnp.bfloat16).astype(x.dtype)),
+        "computed in bfloat16: return.*computed in float32",
+    ),
+    (lambda d: drawn_by(jnp.add, condition=jnp.ones(())), "Map does not use it: leave it out"),
     (
         lambda d: euler(lambda x: x[::-1] * jnp.inf).sample_and_log_prob(KEY, 2, sampler=EULER),
         "or is not finite.*0 or not finite at 2",

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_forms import as_mixture
 from families import FAMILIES, coefficients
 
 from sbml import likelihood, losses, samplers
@@ -64,7 +63,7 @@ VANISHING = ("rectified_flow", "cosine_vp", "vanishing_pair")
 
 # The Gaussian is a mixture too, of equal parts: both kinds of data share compiled functions.
 DATA: dict[str, Callable[[SDE], oracle.Mixture]] = {
-    "Gaussian": lambda sde: as_mixture(oracle.gaussian(sde)),
+    "Gaussian": lambda sde: oracle.as_mixture(oracle.gaussian(sde)),
     "mixture": oracle.mixture,
 }
 
@@ -305,7 +304,7 @@ def test_every_bound_is_the_one_of_the_exact_score(name: str, kind: str) -> None
     sde = SCHEDULES[name]
     if kind == "Gaussian":
         case = closed_forms.gaussian_case(sde)
-        data = as_mixture(case.data)
+        data = oracle.as_mixture(case.data)
     else:
         case = closed_forms.mixture_case(sde, np.linspace(-7.8, 7.8, 41))
         data = case.data
@@ -325,7 +324,7 @@ def test_the_velocity_of_pairs_is_regular_where_there_is_no_signal(name: str) ->
     """v = alpha' E[x_0] + sigma' z for x = sigma z, and the score computed from v is -z / sigma."""
     sde, t, z = SCHEDULES[name], np.array(1.0), np.array([0.3, -1.0, 2.0])
     data = oracle.gaussian(sde)
-    mixture = as_mixture(data)
+    mixture = oracle.as_mixture(data)
     alpha_slope = {"rectified_flow": -1.0, "cosine_vp": -math.pi / 2, "vanishing_pair": -2.0}[name]
     sigma, sigma_slope = {
         "rectified_flow": (1.0, 1.0),
@@ -360,7 +359,7 @@ def test_samples_from_noise_alone(kind: str) -> None:
     """By the ODE to the data and back, with ``Density``, and by the samplers that use a pair."""
     sde = SCHEDULES["rectified_flow"]
     data = oracle.gaussian(sde)
-    score = from_prediction(ideal(kind, sde, as_mixture(data)), kind, sde)
+    score = from_prediction(ideal(kind, sde, oracle.as_mixture(data)), kind, sde)
     z = np.random.default_rng(0).normal(size=(5, 3))
     density = Density(score, sde, (3,), eps=EPS, solver=ode.Solver(rtol=1e-8, atol=1e-8))
     first, last = jnp.asarray(EPS), jnp.asarray(1.0 if kind in DENOISED else sde.largest_time)
@@ -569,7 +568,7 @@ class Ideal(nn.Module):
         else:
             t = self.sde.time(self.sde.log_snr(jnp.asarray(EPS)) - label)
         x = u * jnp.hypot(self.sde.mean_coef(t) * DATA_STD, self.sde.std(t))[:, None]
-        data = as_mixture(oracle.gaussian(self.sde))
+        data = oracle.as_mixture(oracle.gaussian(self.sde))
         f = jax.vmap(ideal(self.kind, self.sde, data))(x, t)
         return self.param("scale", nn.initializers.ones, ()) * f
 
@@ -588,7 +587,7 @@ def test_a_network_of_this_package_has_the_ode_of_the_same_foreign_one(
     """It is compared from the data to the end, where the signal vanishes, and back."""
     sde, x = SDES[name](), jnp.array([0.4, 0.0, 0.1])
     adapter = Adapter(Ideal(sde, kind, label), sde, kind, label, data_std=DATA_STD, eps=EPS)
-    exact = ideal(kind, sde, as_mixture(oracle.gaussian(sde)))
+    exact = ideal(kind, sde, oracle.as_mixture(oracle.gaussian(sde)))
 
     def same(x: Array, t: Array) -> Array:
         """The labels of log-SNR are constant from the largest time on; the scale of u is not."""

@@ -10,6 +10,7 @@ estimators of this package, and ``mistakes`` estimators that must fail.
 May import: core, density, dequantizers, likelihood, score, sdes, statistics.
 """
 
+from sbml.audit.continuous import density as density
 from sbml.audit.suite import WORLDS as WORLDS
 from sbml.audit.suite import Estimator as Estimator
 from sbml.audit.suite import Numbers as Numbers

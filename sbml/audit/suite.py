@@ -65,7 +65,7 @@ CHECKS = (
     "coverage",
     "error bar",
 )
-PASS, UNCLEAR, FAIL = "pass", "unclear", "FAIL"
+PASS, NOTE, UNCLEAR, FAIL = "pass", "note", "unclear", "FAIL"
 
 ALPHA = 1e-6  # the probability that one check fails a correct function
 SOLVER = 1e-3  # bits/dim
@@ -152,7 +152,7 @@ class Finding:
     Attributes:
       check: one of ``CHECKS``.
       world: the name of the world.
-      verdict: ``pass``, ``unclear`` or ``FAIL``.
+      verdict: ``pass``, ``note`` (worth to know, and no failure), ``unclear`` or ``FAIL``.
       value: the number that is checked; NaN if there is none.
       tolerance: by how much it may miss its limit by chance.
       words: the number in words.
@@ -182,7 +182,7 @@ class Report:
     @property
     def passed(self) -> bool:
         """Whether all checks passed in all worlds; an unclear check has not passed."""
-        return all(f.verdict == PASS for f in self.findings)
+        return all(f.verdict in (PASS, NOTE) for f in self.findings)
 
     @property
     def excess(self) -> dict[str, float]:
@@ -195,7 +195,10 @@ class Report:
 
     def __str__(self) -> str:
         ends = f"{self.estimator}: {'passed' if self.passed else 'NOT PASSED'}"
-        lines = [f"{f.check:11}  {f.world:8}  {f.verdict:7}  {f.words}" for f in self.findings]
+        width = max((len(f.world) for f in self.findings), default=0)
+        lines = [
+            f"{f.check:11}  {f.world:{width}}  {f.verdict:7}  {f.words}" for f in self.findings
+        ]
         return "\n".join([*lines, f"{ends}, in {self.seconds:.1f} s"])
 
 
@@ -317,8 +320,8 @@ class _Trial:
             ok = mean <= within + tolerance
             yield self.finding("tight", ok, mean, tolerance, words, COARSE)
         if every is not None:
-            total, stderr = _jackknife(values)
-            tolerance = _limit(stderr, calls)
+            total, stderr = jackknife(values)
+            tolerance = limit(stderr, calls)
             words = f"the probabilities add up to {total:.4g} +- {tolerance:.2g}"
             ok = total <= math.exp(world.dims * bits.LOG2 * SOLVER) + tolerance
             yield self.finding("normalised", ok, total, tolerance, words, COARSE_SUM)
@@ -400,10 +403,10 @@ class _Trial:
 def _mean(values: np.ndarray) -> tuple[float, float]:
     """The mean of ``values (n,)``, and its tolerance."""
     mean, stderr, *_ = intervals.mean_interval(values)
-    return mean, _limit(stderr, len(values))
+    return mean, limit(stderr, len(values))
 
 
-def _limit(stderr: float, n: int) -> float:
+def limit(stderr: float, n: int) -> float:
     """The one-sided quantile of Student's t for ``ALPHA`` times ``stderr``, of ``n`` values."""
     return -float(special.stdtrit(n - 1, ALPHA)) * stderr
 
@@ -417,7 +420,7 @@ def _covered(values: np.ndarray, truth: float) -> float:
     return float(np.mean([abs(i.mean - truth) <= i.ci95 + slack for i in each]))
 
 
-def _jackknife(values: np.ndarray) -> tuple[float, float]:
+def jackknife(values: np.ndarray) -> tuple[float, float]:
     """sum_k exp(-E nats_k) and its standard error, from ``values (calls, m)``.
 
     The exponential of a noisy mean is too large on average. The jackknife over the calls removes

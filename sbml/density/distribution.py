@@ -35,7 +35,7 @@ from sbml.density.estimators.base import Target, each
 from sbml.density.estimators.ode import Estimator
 from sbml.likelihood import ode
 from sbml.likelihood.ode import Solver
-from sbml.samplers import Chain, Path, PathLogProb, Sampler, decode, denoise
+from sbml.samplers import Chain, Map, Path, PathLogProb, Sampler, decode, denoise
 from sbml.samplers.density import check_folds
 from sbml.score.divergence import Trace, exact_batch
 from sbml.sdes import SDE
@@ -75,6 +75,11 @@ def vectorised(divergence: bool = False) -> Callable[[Callable[..., Any]], Calla
             batch: tuple[int, ...] | None = None,
             **constants: Any,
         ) -> Any:
+            if isinstance(constants.get("sampler"), Map) and condition is not None:
+                raise ValueError(
+                    "a condition reaches the score only, and samplers.Map does not use it: leave "
+                    "it out, and give Map the function under this condition"
+                )
             conditions = density._conditions(condition, (len(rows[0]),) if batch is None else batch)
             how = How(density.sde, density._eps, density.shape, density._trace, **constants)
             size = density.batch_size

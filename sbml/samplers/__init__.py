@@ -10,8 +10,8 @@ are frozen dataclasses and hashable, so they can be static under ``jit``.
 and E[z | x_t] from a score, and ``denoise`` the first of them only.
 
 ``SAMPLERS`` has the names in configs. The file ``_grid`` has what all samplers with fixed steps
-share, ``one_step`` and ``multistep`` have the formulas, and ``corrector`` has the correctors that
-can follow each step.
+share, ``one_step`` and ``multistep`` have the formulas, ``flow_map`` has those of a network that
+jumps from one time to another, and ``corrector`` has the correctors that can follow each step.
 
 May import: core, likelihood, sdes.
 """
@@ -29,10 +29,12 @@ from sbml.samplers.density import Chain as Chain
 from sbml.samplers.density import Path as Path
 from sbml.samplers.density import PathLogProb as PathLogProb
 from sbml.samplers.density import Transition as Transition
+from sbml.samplers.flow_map import Map as Map
 from sbml.samplers.multistep import DPMSolver as DPMSolver
 from sbml.samplers.one_step import DDIM as DDIM
 from sbml.samplers.one_step import Ancestral as Ancestral
 from sbml.samplers.one_step import EulerMaruyama as EulerMaruyama
+from sbml.samplers.one_step import FlowPolicy as FlowPolicy
 from sbml.samplers.one_step import Midpoint as Midpoint
 from sbml.samplers.one_step import ReverseDiffusion as ReverseDiffusion
 from sbml.samplers.probability_flow import ODE as ODE

@@ -141,6 +141,25 @@ class FixedSteps(Chain):
         """See ``Chain``."""
         return grid(sde, eps, self.steps, self.spacing)
 
+    @typed
+    def window(self, first: int, last: int) -> "FixedSteps":
+        """The sampler with noise in its steps ``first`` to ``last`` - 1 only, counted from 0
+        (``sbml.samplers.window``).
+
+        Raises:
+          ValueError: there are no such steps, or they have no density.
+        """
+        from sbml.samplers.window import Window  # It is a sampler with fixed steps itself.
+
+        self.check_density(deterministic=False)
+        if not 0 <= first < last <= self.steps:
+            raise ValueError(
+                f"window({first}, {last}) of {self.steps} steps: give 0 <= first < last <= "
+                f"{self.steps}, as in x[first:last]"
+            )
+        same = self.steps, self.spacing, self.corrector
+        return Window(*same, sampler=self, first=first, last=last)
+
     def init(self, z: Example) -> PyTree:
         """The state that is passed from step to step together with x."""
         return ()
@@ -181,7 +200,7 @@ class FixedSteps(Chain):
             x = self.corrector(score, sde, x, triple[1], triple[2], own_key)
             return (x, carry), x if keep else None
 
-        start = z / sde.stretch  # The latent is at T, and the first step begins at largest_time.
+        start = z / self.stretch(sde)  # The latent is at T, the first step may begin before it.
         inputs = jnp.arange(self.steps), triples
         (x, _), path = jax.lax.scan(one, (start, self.init(z)), inputs)
         return x, path, times

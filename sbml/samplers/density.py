@@ -270,7 +270,7 @@ class Chain(abc.ABC):
                 raise ValueError(
                     f"step {lost[0] + 1} of {len(found)} of {self} has no noise, or less than the "
                     "rounding of x, so a path has no density: give every step noise, as Ancestral "
-                    "and DDIM(eta=1) do"
+                    "and DDIM(eta=1) do, or leave it out of the sampler's window(first, last)"
                 )
 
         with jax.ensure_compile_time_eval():
@@ -306,16 +306,20 @@ class Chain(abc.ABC):
                 f"path of {path.sampler}, but the sampler is {self}: give the sampler of the path"
             )
         x = in_full_precision(path.x)
-        self._check_noise(sde, x[0], path.times)
+        steps = self._log_steps(score, sde, x, path.times)
+        stretch = jnp.asarray(self.stretch(sde), x.dtype)
+        prior = sde.prior_logp(x[0] * stretch) + x[0].size * jnp.log(stretch)
+        return PathLogProb(prior, steps)
+
+    def _log_steps(self, score: Score, sde: SDE, x: Array, times: Times) -> Array:
+        """The log density of each step ``(n,)`` between points ``x (n + 1, *s)``."""
+        self._check_noise(sde, x[0], times)
 
         def one(x: Example, after: Example, s: Scalar, t: Scalar) -> Scalar:
             mean, std = self.transition(score, sde, x, s, t)
             return jnp.sum(jax.scipy.stats.norm.logpdf(after, mean, std))
 
-        steps = jax.lax.map(lambda a: one(*a), (x[:-1], x[1:], path.times[:-1], path.times[1:]))
-        stretch = jnp.asarray(self.stretch(sde), x.dtype)
-        prior = sde.prior_logp(x[0] * stretch) + x[0].size * jnp.log(stretch)
-        return PathLogProb(prior, steps)
+        return jax.lax.map(lambda a: one(*a), (x[:-1], x[1:], times[:-1], times[1:]))
 
 
 def _of_step(jacobian: Array) -> tuple[Array, ...]:

@@ -6,6 +6,7 @@ With the forward kernel p(x_s | x_t) = N(a x_t, b^2 I),
     x_0 ~ (x + sigma_s^2 score) / alpha_s,   noise ~ -sigma_s score,   h = s - t
 
     Euler-Maruyama     x - h (f x - g^2 score) + g sqrt(h) z                of the reverse SDE, at s
+    flow policies      x - h (f x - (g^2 + q^2) / 2 score) + q sqrt(h) z    of any noise q, at s
     reverse diffusion  (2 - a) x + b^2 score + b z                          (Song et al., eq. 46)
     ancestral          E[x_t | x, x_0] + (b sigma_t / sigma_s) z            (Ho et al. 2020)
     DDIM               alpha_t x_0 + sqrt(sigma_t^2 - c^2) noise + c z,
@@ -19,7 +20,8 @@ deterministic and of second order.
 
 References: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021; Ho et al.,
 "Denoising Diffusion Probabilistic Models", NeurIPS 2020; Song, Meng, Ermon, "Denoising Diffusion
-Implicit Models", ICLR 2021; Lu et al., "DPM-Solver++", 2022, algorithm 1 with r = 1/2.
+Implicit Models", ICLR 2021; Lu et al., "DPM-Solver++", 2022, algorithm 1 with r = 1/2; Liu et al.,
+"Flow-GRPO", 2025, equation 9.
 """
 
 import dataclasses
@@ -29,7 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from sbml.core.door import typed
-from sbml.core.scalars import Number, Steps, between
+from sbml.core.scalars import Number, Steps, between, positive
 from sbml.core.types import Example, Scalar, Score, deterministic
 from sbml.samplers._grid import FixedSteps, Spacing, denoise, predictions
 from sbml.samplers.density import Transition
@@ -49,9 +51,32 @@ class EulerMaruyama(FixedSteps):
     """The Euler-Maruyama method for the reverse SDE."""
 
     def transition(self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar) -> Transition:
-        g, h = sde.diffusion(s), s - t
-        drift = sde.drift(x, s) - g**2 * deterministic(score, x, s)
-        return Transition(x - h * drift, g * jnp.sqrt(h))
+        g, q, h = sde.diffusion(s), self.noise(sde, s, t), s - t
+        drift = sde.drift(x, s) - 0.5 * (g**2 + q**2) * deterministic(score, x, s)
+        return Transition(x - h * drift, q * jnp.sqrt(h))
+
+    def noise(self, sde: SDE, s: Scalar, t: Scalar) -> Scalar:
+        """q of the step from ``s`` to ``t``: with any q, the SDE has the same distributions of x at
+        each time."""
+        return sde.diffusion(s)
+
+
+@typed
+@dataclasses.dataclass(frozen=True)
+class FlowPolicy(EulerMaruyama):
+    """The noise q = a sqrt(sigma_s / alpha_s) of policy gradients for flow matching (Flow-GRPO).
+
+    For ``RectifiedFlow`` this is a sqrt(t / (1 - t)). The first step, where it would be nearly
+    infinite, has the alpha of its end.
+    """
+
+    steps: Steps = 10
+    a: Annotated[Number, positive] = 0.7
+
+    def noise(self, sde: SDE, s: Scalar, t: Scalar) -> Scalar:
+        """See ``EulerMaruyama``."""
+        last = jnp.where(s > 0.9999 * sde.largest_time, t, s)
+        return self.a * jnp.sqrt(sde.std(s) / sde.mean_coef(last))
 
 
 class ReverseDiffusion(FixedSteps):

@@ -50,6 +50,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -189,8 +190,6 @@ def groups(trainings: Sequence[str], seeds: int) -> Iterator[tuple[tuple[Run, ..
     for seed in range(seeds):
         for name in ("subvp", "linear_ve"):
             yield group(("weighted",), seed, process=name), same
-        for name in ("fashion", "photos"):
-            yield group(("weighted",), seed, data=name), ()
 
 
 def key(config: ConfigDict, measure: str) -> str:
@@ -505,6 +504,8 @@ def main() -> None:
     try:
         plan = make_plan(args)
         if not args.table:
+            # Runs that differ in the seed or the number of steps are the same program.
+            jax.config.update("jax_compilation_cache_dir", str(grid.folder_of(plan.out) / "xla"))
             grid.shared(tasks(plan))
         write(plan)
     except Exception as error:

@@ -146,7 +146,8 @@ class Plan:
         config.training.update(num_steps=steps, checkpoint_every=200, keep_last=1, keep_every=0)
         config.training.sample_every = 0
         config.optim.update(name=self.optimizer, lr=setting[0], grad_clip=setting[1])
-        config.optim.update(schedule="constant", warmup=first // 6, ema=min(0.99, 1 - 6.5 / first))
+        config.optim.update(schedule="constant", warmup=first // 6)
+        config.optim.ema = min(0.99, max(0.0, 1 - 6.5 / first))
         return config
 
     def experiment(self, config: ConfigDict) -> Experiment:

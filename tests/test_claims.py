@@ -1,0 +1,152 @@
+"""The grid of the paper's claim: its runs, the choice of settings, its lines, and its intervals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from flax.traverse_util import flatten_dict
+
+from experiments import claims, grid
+from sbml.program.config.build import Experiment
+from sbml.program.modes.train import NonFiniteLoss
+
+STEPS = {"digits": (4, 8)}
+SETTINGS = ((1e-3, 1.0), (2e-3, 1.0))
+
+
+def plan(folder: Path, trainings: tuple[str, ...], seeds: int = 1) -> claims.Plan:
+    """A grid of the tiny network of tests."""
+    runs = tuple(claims.Run(training=n, seed=s) for s in range(seeds) for n in trainings)
+    return claims.Plan(folder / "claims.jsonl", ((runs, ()),), STEPS, SETTINGS, optimizer="adam")
+
+
+@pytest.fixture(autouse=True)
+def tiny_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(claims.DATA, "digits", (tiny.__file__, ""))
+
+
+def test_trainings_differ_in_their_loss_and_draws_only(tmp_path: Path) -> None:
+    def fields(training: str) -> dict:
+        config = plan(tmp_path, ()).config(claims.Run(training=training), 8, SETTINGS[0])
+        return flatten_dict(Experiment(config).config.plain(), sep=".")
+
+    found = {name: fields(name) for name in claims.TRAININGS}
+    changed = [
+        {k for k in one if found[a][k] != found[b][k]}
+        for (a, one), b in zip(list(found.items())[:-1], list(found)[1:], strict=True)
+    ]
+    draws = {"training.times", "training.noises", "training.proposal_bins"}
+    assert changed == [
+        {"training.likelihood_weighting"},
+        {"training.importance_sampling"},
+        draws,
+        {"score.parameterization"},
+    ]
+
+
+def test_the_steps_of_a_run_do_not_depend_on_their_number(tmp_path: Path) -> None:
+    """So one run has the numbers of all budgets."""
+    two = [plan(tmp_path, ()).config(claims.Run(), steps, SETTINGS[0]) for steps in (4, 8)]
+    rates = [Experiment(config).config.optim.rate(config.training.num_steps) for config in two]
+    assert [float(rates[0](n)) for n in range(8)] == [float(rates[1](n)) for n in range(8)]
+    two[1].training.num_steps = 4
+    assert grid.identity(two[0]) == grid.identity(two[1])
+
+
+def test_the_whole_grid_begins_with_the_choices_and_has_every_axis(tmp_path: Path) -> None:
+    found = tuple(claims.groups(tuple(claims.TRAININGS), 3))
+    runs = {run for group, _ in found for run in group}
+    for axis, values in (
+        ("data", claims.DATA),
+        ("process", claims.PROCESSES),
+        ("network", claims.NETWORKS),
+        ("training", claims.TRAININGS),
+        ("seed", range(3)),
+    ):
+        assert {getattr(run, axis) for run in runs} == set(values)
+    assert all(run._replace(training="original") in runs for run in runs)
+
+
+def test_one_noise_for_all_processes(tmp_path: Path) -> None:
+    for process in claims.PROCESSES:
+        config = plan(tmp_path, ()).config(claims.Run(process=process), 8, SETTINGS[0])
+        config = claims.with_measure(plan(tmp_path, ()), config, "ode_same_noise")
+        experiment = Experiment(config)
+        sde, t = experiment.sde, experiment.eval_eps
+        np.testing.assert_allclose(sde.std(t) / sde.mean_coef(t), claims.SAME_NOISE, rtol=1e-4)
+
+
+def test_the_best_setting_is_used_and_nothing_is_computed_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fake training whose number is 2 + 1000 lr / steps + seed / 100, and .5 more with likelihood
+    weighting. With that weighting, 8 steps fail."""
+    done = []
+
+    def fit(plan, config, workdir):
+        steps = config.training.num_steps
+        done.append((config.optim.lr, steps, config.eval.split))
+        weighted = config.training.likelihood_weighting
+        if weighted and not config.training.importance_sampling and steps == 8:
+            raise NonFiniteLoss("step 7: loss nan")
+        return 0.25
+
+    def measured(plan, config, workdir, measure):
+        value = 2 + 1000 * config.optim.lr / config.training.num_steps + 0.01 * config.seed
+        return {"values": [value + 0.5 * config.training.likelihood_weighting] * 3}
+
+    monkeypatch.setattr(claims, "fit", fit)
+    monkeypatch.setattr(claims, "measured", measured)
+    of = plan(tmp_path, ("original", "weighted"), seeds=2)
+    with pytest.raises(grid.BusyError):
+        claims.choose(of, claims.Run())
+    grid.shared(claims.tasks(of), pause=0.0)
+    assert claims.choose(of, claims.Run()) == SETTINGS[0]
+    assert {split for lr, _, split in done if lr == SETTINGS[1][0]} == {"validation"}
+    count = len(done)
+    grid.shared(claims.tasks(of), pause=0.0)
+    assert len(done) == count
+    claims.write(of)
+    rows = json.loads((tmp_path / "claims.json").read_text())
+    places = {(row["training"], row["steps"]) for row in rows}
+    assert places == {("original", 4), ("original", 8), ("weighted", 4)}
+    row = next(r for r in rows if r["training"] == "weighted" and r["measure"] == "ode")
+    assert row["seeds"] == [0, 1] and row["mean"] == pytest.approx(2.755)
+    assert (row["difference"], row["difference_ci95"]) == pytest.approx((0.5, 0.0))
+    text = (tmp_path / "claims.md").read_text()
+    assert "| DDPM++, weighted, 4 steps | vp | 2.755 ±" in text
+    assert "| weighted | vp | DDPM++ | 4 | +0.500 ± 0.000 | +0.500 ± 0.000 | —" in text
+    assert (tmp_path / "claims.tex").exists() and (tmp_path / "claims.png").exists()
+
+
+def test_the_interval_covers_other_seeds_and_other_images() -> None:
+    """Crossed effects with known variances: the interval has at least its coverage, and is not much
+    wider than it must be."""
+    rng, hits, widths = np.random.default_rng(0), [], []
+    for _ in range(400):
+        seed, image = rng.normal(0, 0.02, (3, 1)), rng.normal(0, 0.3, (1, 100))
+        found = claims.interval(seed + image + rng.normal(0, 0.1, (3, 100)))
+        hits.append(abs(found.mean) < found.ci95)
+        widths.append(found.stderr**2)
+    assert np.mean(hits) > 0.93
+    truth = 0.02**2 / 3 + 0.3**2 / 100 + 0.1**2 / 300
+    assert truth < np.mean(widths) < 1.2 * truth
+    one = claims.interval(np.array([[1.0, 2.0, 3.0]]))
+    assert one.mean == 2 and one.ci95 == pytest.approx(4.302653 / np.sqrt(3))
+
+
+@pytest.mark.slow
+def test_the_numbers_of_a_short_budget_are_those_of_a_run_that_ends_there(tmp_path: Path) -> None:
+    of = plan(tmp_path, ("original",))
+    grid.shared(claims.tasks(of), pause=0.0)
+    lines = list(grid.read(of.out).values())
+    setting = claims.choose(of, claims.Run())
+    config = of.config(claims.Run(), 4, setting)
+    workdir = claims.Workdir(tmp_path / "alone")
+    claims.fit(of, config, workdir)
+    alone = claims.measured(of, config, workdir, "ode")
+    place = {"measure": "ode", "split": "test", "steps": 4}
+    (stored,) = [line for line in lines if place.items() <= line.items()]
+    assert stored["values"] == alone["values"] and len(alone["values"]) == 360

@@ -359,15 +359,15 @@ Values = dict[str, dict[int, Any]]
 def gathered(plan: Plan) -> dict[tuple[Any, ...], Values]:
     """The numbers by (data, process, network, training, steps), then by measure and seed."""
     found: dict[tuple[Any, ...], Values] = {}
-    runs = dict.fromkeys(run for group, _ in plan.groups for run in group)
-    lines = grid.read(plan.out).values()
-    test = [line for line in lines if line["split"] == "test" and "failed" not in line]
-    for run in runs:
-        for line in test:
-            if Run(*(line[name] for name in Run._fields)) == run and line["measure"] != "training":
-                place = (*run[:-1], line["steps"])
-                number = line.get("values", line.get("value"))
-                found.setdefault(place, {}).setdefault(line["measure"], {})[run.seed] = number
+    lines: dict[Run, list[grid.Line]] = {}
+    for line in grid.read(plan.out).values():
+        ours = line["split"] == "test" and line["optimizer"] == plan.optimizer
+        if ours and line["measure"] != "training":
+            lines.setdefault(Run(*(line[name] for name in Run._fields)), []).append(line)
+    for run in dict.fromkeys(run for group, _ in plan.groups for run in group):
+        for line in lines.get(run, ()):
+            place, number = (*run[:-1], line["steps"]), line.get("values", line.get("value"))
+            found.setdefault(place, {}).setdefault(line["measure"], {})[run.seed] = number
     return found
 
 

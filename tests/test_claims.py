@@ -74,7 +74,7 @@ def test_one_noise_for_all_processes(tmp_path: Path) -> None:
         config = plan(tmp_path, ()).config(claims.Run(process=process), 8, SETTINGS[0])
         config = claims.with_measure(plan(tmp_path, ()), config, "ode_same_noise")
         experiment = Experiment(config)
-        sde, t = experiment.sde, experiment.eval_eps
+        sde, t = experiment.sde, np.float32(experiment.eval_eps)
         np.testing.assert_allclose(sde.std(t) / sde.mean_coef(t), claims.SAME_NOISE, rtol=1e-4)
 
 

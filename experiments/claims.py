@@ -65,6 +65,7 @@ from sbml.program.config.trained import Trained
 from sbml.program.evaluation import samples
 from sbml.program.evaluation.cells import Evaluation
 from sbml.program.modes import quality, train, train_dequantizer
+from sbml.program.report.result import strict
 from sbml.program.runtime import cpu, refusals
 from sbml.program.runtime.workdir import Workdir
 from sbml.statistics import intervals
@@ -469,7 +470,7 @@ def write(plan: Plan) -> None:
     texts = {"md": table2.markdown, "tex": table2.latex}
     for suffix, write_table in texts.items():
         write_whole(folder / f"claims.{suffix}", write_table(tables(found)).encode())
-    write_whole(folder / "claims.json", json.dumps(found, indent=1).encode())
+    write_whole(folder / "claims.json", json.dumps(strict(found), indent=1).encode())
     draw(found, folder / "claims.png")
     print(table2.markdown(tables(found)))
 
@@ -504,15 +505,20 @@ def main() -> None:
     args = parser.parse_args()
     try:
         plan = make_plan(args)
+    except ValueError as error:
+        sys.exit(str(error))
+    try:
         if not args.table:
             # Runs that differ in the seed or the number of steps are the same program.
             jax.config.update("jax_compilation_cache_dir", str(grid.folder_of(plan.out) / "xla"))
             grid.shared(tasks(plan))
         write(plan)
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted: what is in {plan.out} stays there, and the same command continues")
     except Exception as error:
         if (line := refusals.line(error)) is None:
             raise
-        sys.exit(f"{line}\nWhat is in {plan.out} stays there: the same command continues")
+        sys.exit(f"{line}. What is in {plan.out} stays there, and the same command continues")
 
 
 if __name__ == "__main__":

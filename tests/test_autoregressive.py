@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import autoregressive, grid
+from sbml.core.types import Array
 from sbml.data import ImageSet
 
 SHAPE, LEVELS = (2, 1, 2), 3
@@ -24,14 +25,20 @@ def test_the_transformers_probabilities_sum_to_one() -> None:
     """Over all images of a tiny world, with random parameters; and no pixel sees a later one."""
     model = autoregressive.Transformer(LEVELS, width=8, depth=1, heads=2)
     k = jnp.asarray(WORLD)
-    params = model.init(jax.random.key(0), k[:1])
-    params = jax.tree.map(
-        lambda p: p + jax.random.normal(jax.random.key(p.size), p.shape, p.dtype), params
-    )
-    p = np.exp(autoregressive.log_p(model, params, k))
+
+    @jax.jit
+    def found() -> tuple[Array, Array]:
+        params = model.init(jax.random.key(0), k[:1])
+        keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
+        keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
+        params = jax.tree.map(lambda p, key: p + jax.random.normal(key, p.shape), params, keys)
+        return autoregressive.log_p(model, params, k), model.apply(params, k)
+
+    log_p, logits = map(np.asarray, found())
+    p = np.exp(log_p)
     np.testing.assert_allclose(p.sum(), 1, rtol=1e-5)
     assert p.max() > 3 * p.min()
-    logits = model.apply(params, k).reshape(3, 3, 3, 3, 4, LEVELS)
+    logits = logits.reshape(3, 3, 3, 3, 4, LEVELS)
     for i in range(4):  # The logits of pixel i are the same for all values of the pixels from i on.
         first = logits[(slice(None),) * i + (slice(0, 1),) * (4 - i)][..., i, :]
         expected = np.broadcast_to(first, logits.shape[:4] + (LEVELS,))

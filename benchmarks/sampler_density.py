@@ -1,12 +1,21 @@
 """How many steps of a sampler are enough? The table of docs/benchmarks/sampler_density.md.
 
 python benchmarks/sampler_density.py [--workdir=runs/digits_vp]
+python benchmarks/sampler_density.py --gaps
+python benchmarks/sampler_density.py --folds
 python benchmarks/sampler_density.py --coverage
 
 For mixtures of four Gaussians of standard deviation .5 with their exact score, and with --workdir
 for the model of a run: the effective sample size of the weights p / p_N, the KL divergence of the
 sampler's density p_N from that of the ODE, and the time for samples with their log p, divided by
 that of the ODE at the default of ``Density``.
+
+With --gaps: by how much does the control variate of ``Density.gap`` shorten the interval, and does
+the interval contain the true KL? ``RUNS`` runs of ``OF_GAP`` samples are computed at once. The true
+KL is that of two Gaussians, or a sum over a grid.
+
+With --folds: how many samples of Euler's method have a step that turns a direction by 90 degrees or
+more, which needs no fold, and how many have one whose determinant is not positive, which folds?
 
 With --coverage: can the mark HEAVY TAILS of importance weights be trusted? For the model N(0, I) by
 ten steps of DDIM, whose density is N(0, .787^2 I), and by the ODE, and for targets N(0, s^2 I), it
@@ -29,14 +38,17 @@ import sbml
 from sbml.core.bits import LOG2
 from sbml.core.types import Array
 from sbml.density.density import _walk
+from sbml.density.estimate import Estimate
 from sbml.density.posterior import Importance
 from sbml.likelihood.ode import Solver
 from sbml.samplers import DDIM, ODE, Chain, Midpoint
+from sbml.statistics.intervals import mean_interval
 
 SAMPLES = 1000  # of a mixture
 OF_MODEL, TIMED = 64, 16  # of the model of a run, which takes longer
 EVALUATIONS = (10, 20, 40)
 RUNS, EACH, TARGETS = 200, 200, 128  # runs, their samples, and draws of the target for each
+OF_GAP = 256  # samples of a run of a gap
 WIDTHS = (0.5, 0.7, 1.0, 1.2, 1.6, 2.0, 3.0)  # standard deviations of the target
 SAMPLERS: dict[str, Callable[[int], Chain]] = {
     "DDIM": lambda n: DDIM(n),
@@ -48,10 +60,15 @@ SAMPLERS: dict[str, Callable[[int], Chain]] = {
 def mixture(d: int) -> sbml.Density:
     """Four Gaussians with random means."""
     means = (2 if d == 2 else 1) * np.random.default_rng(0).normal(size=(4, d)).astype(np.float32)
-    sde = sbml.VP()
+    return of_gaussians(means)
+
+
+def of_gaussians(means: np.ndarray, std: float = 0.5) -> sbml.Density:
+    """Gaussians of standard deviation ``std`` around ``means (k, d)``, with their exact score."""
+    sde, d = sbml.VP(), means.shape[1]
 
     def logp(x: Array, t: Array) -> Array:
-        a, v = sde.mean_coef(t), 0.25 * sde.mean_coef(t) ** 2 + sde.std(t) ** 2
+        a, v = sde.mean_coef(t), (std * sde.mean_coef(t)) ** 2 + sde.std(t) ** 2
         return jax.scipy.special.logsumexp(-0.5 * jnp.sum((x[None] - a * means) ** 2, -1) / v)
 
     return sbml.Density(lambda x, t, key: jax.grad(logp)(x, t), sde, (d,), eps=1e-3)
@@ -111,11 +128,10 @@ def coverage(d: int, sampler: Chain | None) -> None:
         u, y, u_y = drawn(jnp.asarray(std))
         weights = np.asarray(u - logp, float).reshape(RUNS, EACH)
         of_target = np.asarray(u_y - density._log_prob(y, None, None, sampler), float)
+        none = np.zeros((RUNS, 1))  # The solver's error has no part in the mark.
         found = [
             Importance.of(np.zeros((EACH, d)), *row)
-            for row in zip(
-                weights, np.zeros((RUNS, 1)), of_target.reshape(RUNS, TARGETS), strict=True
-            )
+            for row in zip(weights, none, of_target.reshape(RUNS, TARGETS), strict=True)
         ]
         marked = np.array([each.heavy_tailed for each in found])
         right = np.array([abs(each.log_z.mean) <= each.log_z.ci95 for each in found])
@@ -127,12 +143,107 @@ def coverage(d: int, sampler: Chain | None) -> None:
         )
 
 
+def gaussian(d: int) -> sbml.Density:
+    """The model N(0, I)."""
+    return sbml.Density(lambda x, t, key: -x, sbml.VP(), (d,), eps=1e-3)
+
+
+def mixture_of(d: int) -> sbml.Density:
+    """Four Gaussians in one or two dimensions, farther from each other than their width."""
+    means = np.array([[1.5, 0.0], [-1.0, 1.0], [0.0, -1.5], [-1.5, -1.0]], np.float32)[:, :d]
+    return of_gaussians(means)
+
+
+def true_gap(density: sbml.Density, sampler: Chain) -> float:
+    """KL of the sampler's density from that of the ODE: of two Gaussians, or by a sum over a grid
+    in at most two dimensions."""
+    d = density.dims
+    if d > 2:  # N(0, v I) of the sampler, and N(0, I) of the model.
+        at = density._log_prob(jnp.zeros((1, d)), None, None, sampler)
+        v = np.exp(-2 * float(at[0]) / d) / (2 * np.pi)
+        return 0.5 * d * (v - 1 - np.log(v))
+    side = np.linspace(-5, 5, 4001 if d == 1 else 201, dtype=np.float32)
+    x = np.stack(np.meshgrid(*[side] * d), axis=-1).reshape(-1, d)
+    log_p_n, log_p = (
+        np.asarray(density._log_prob(jnp.asarray(x), None, None, s), float) for s in (sampler, None)
+    )
+    p_n, p = np.nan_to_num(np.exp(log_p_n)), np.exp(log_p)
+    # The sum of p - p_N is 0. With it the small errors of log p have no effect to first order.
+    terms = np.nan_to_num(p_n * (log_p_n - log_p)) + p - p_n
+    return float(terms.sum()) * float(side[1] - side[0]) ** d
+
+
+def gaps(name: str, density: sbml.Density) -> None:
+    """Print the rows of one density."""
+    density = dataclasses.replace(density, batch_size=4096)
+    for label, make in SAMPLERS.items():
+        for count in EVALUATIONS:
+            sampler = make(count)
+            try:
+                x, logp = density.sample_and_log_prob(
+                    jax.random.key(0), RUNS * OF_GAP, sampler=sampler
+                )
+            except ValueError as error:  # A step folds space.
+                print(f"| {name} | {label} | {count} | {str(error).partition(':')[0]} | | | |")
+                continue
+            if (truth := true_gap(density, sampler)) < 1e-10:
+                continue  # Only rounding is left, as by Heun's method for N(0, I).
+            values = np.asarray(logp, float) - np.asarray(density.log_prob(x), float)
+            found = []
+            for row in values.reshape(RUNS, OF_GAP):
+                plain = mean_interval(row)
+                zero = np.zeros(OF_GAP)
+                of_run = Estimate(row, {}, "nats", density._eps, zero, plain, plain)
+                found.append((plain, of_run.with_control(np.expm1(-row)).population))
+            widths = np.median([[each.ci95 for each in pair] for pair in found], axis=0)
+            right = np.mean([[abs(e.mean - truth) <= e.ci95 for e in pair] for pair in found], 0)
+            used = np.mean([pair[0] is not pair[1] for pair in found])
+            print(
+                f"| {name} | {label} | {count} | {truth:.2g} | {widths[0]:.2g} | {widths[1]:.2g} | "
+                f"{used:.0%} | {right[0]:.2f} | {right[1]:.2f} |",
+                flush=True,
+            )
+
+
+def folds(std: float, steps: int) -> None:
+    """Print the row of Euler's method for two Gaussians of standard deviation ``std``."""
+    sampler, n = ODE(Solver("euler", fixed_steps=steps)), 20_000
+    density = of_gaussians(np.array([[1.0, 1.0], [-1.0, -1.0]], np.float32), std)
+    z = jax.random.normal(jax.random.key(0), (n, 2))
+
+    @jax.jit
+    @jax.vmap
+    def each(z: Array) -> tuple[Array, Array]:
+        found = sampler.sample_logp(density.score, density.sde, z, eps=density._eps)[1]
+        return ~found.positive.all(), (found.signs <= 0).any()
+
+    turned, folded = (float(jnp.mean(found)) for found in each(z))
+    print(f"| {std:g} | {steps} | {turned:.2%} | {folded:.3%} |", flush=True)
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--coverage", action="store_true", help="the table of importance weights")
     parser.add_argument("--workdir", help="folder of a run whose model has at most 100 dimensions")
+    parser.add_argument("--gaps", action="store_true", help="the table of intervals of gaps")
+    parser.add_argument("--folds", action="store_true", help="the table of Euler's method")
     args = parser.parse_args()
+    if args.gaps:
+        print(
+            "| density | sampler | evaluations | KL | +- without | +- with control | used | "
+            "coverage without | coverage |\n|---|---|---:|---:|---:|---:|---:|---:|---:|"
+        )
+        for d in (1, 2):
+            gaps(f"mixture, d = {d}", mixture_of(d))
+        gaps("Gaussian, d = 16", gaussian(16))
+        return
+    if args.folds:
+        print("| sd | steps | turned | det <= 0 |\n|---:|---:|---:|---:|")
+        for std in (0.03, 0.05, 0.1):
+            for steps in (7, 10):
+                folds(std, steps)
+        return
     if args.coverage:
         print(
             "| d | samples by | target's sd | marked | coverage, unmarked | coverage, all |\n"

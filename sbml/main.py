@@ -44,7 +44,7 @@ from ml_collections import ConfigDict
 
 from sbml.core import compiler, registry
 from sbml.core.registry import hint
-from sbml.core.scalars import notation
+from sbml.core.scalars import escaped, notation
 from sbml.program.config import config as configs
 from sbml.program.config import reference
 from sbml.program.config.config import Config
@@ -92,8 +92,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
     try:
         for argument in arguments[1:]:
             flag = argument.partition("=")[0]
-            if any("\ud800" <= c <= "\udfff" for c in argument):
-                raise ValueError(f"{argument} is not in UTF-8: give another name or value")
+            if any("\ud800" <= c <= "\udfff" or c == "\n" for c in argument):
+                raise ValueError(f"{escaped(argument)} is not in UTF-8 in one line: change it")
             if flag.startswith("--"):
                 name = flag.removeprefix("--").removeprefix("config.")
                 dest = "fields" if flag.startswith("--config.") else "own"

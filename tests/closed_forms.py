@@ -69,10 +69,20 @@ class Case(NamedTuple):
 # Distributions of x_0.
 
 
+def sigma_points(data: oracle.Gaussian) -> tuple[Array, Array]:
+    """x_0 ``(4d, d)`` and z ``(4d, d)`` whose plain average of any quadratic form in (x_0, z) is
+    its expectation under x_0 ~ N(mean, cov), z ~ N(0, I). In coordinates in which both are N(0, I),
+    they are the 4d points +-sqrt(2 d) e_i."""
+    d = data.mean.size
+    points = np.sqrt(2 * d) * np.concatenate([np.eye(2 * d), -np.eye(2 * d)])
+    x = data.mean[None] + points[:, :d] * jnp.sqrt(data.eigenvalues)[None] @ data.basis.T
+    return x, jnp.asarray(points[:, d:])
+
+
 def gaussian_case(sde: SDE) -> Case:
     """A correlated Gaussian in three dimensions; sigma points are exact for quadratic forms."""
     data = oracle.gaussian(sde)
-    x, z = data.sigma_points()
+    x, z = sigma_points(data)
 
     def information(t: float) -> tuple[float, float]:
         v = np.asarray(data.variances(jnp.asarray(t, float)))

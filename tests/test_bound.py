@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closed_forms import sigma_points
 from families import FAMILIES, FAMILIES_VE_SLOW, coefficients
 from scipy import fft, integrate
 from scipy.stats import norm
@@ -177,7 +178,7 @@ def test_both_forms_have_one_expectation_over_data(case, probes):
 
     @jax.jit
     def both(t):
-        x, z = data.sigma_points()
+        x, z = sigma_points(data)
         dsm = over(bound.diffusion_dsm, data.score, sde, x, t, z, None)
         return dsm, over(bound.diffusion_ssm, data.score, sde, x, t, z, vs)
 
@@ -333,7 +334,7 @@ def test_the_bound_is_tight_for_the_true_score(case):
 
     @jax.jit
     def expectations(xs):
-        x, z = data.sigma_points()
+        x, z = sigma_points(data)
         prior = jax.vmap(lambda x: bound.prior_kl(sde, x))(xs).mean()
         diffusion = jax.vmap(lambda x: control_of(data).integral(sde, x, EPS))(xs).mean()
         error = jax.vmap(lambda x, z: bound.noise_error(data.score, sde, x, t, z))(x, z).mean()
@@ -366,39 +367,6 @@ def test_fit_recovers_mean_and_covariance():
     np.testing.assert_allclose(diagonal.mean, x.mean(0), atol=1e-12)
     noisy = bound.GaussianControl.fit(np.ones((9, 3)), noise_variance=0.25)
     np.testing.assert_allclose(noisy.variances, 0.25)
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    "kwargs, message",
-    [
-        (
-            {"trace": Trace("exact"), "reduction": Reduction(bound.GaussianControl(0, 1, None))},
-            r"trace=Trace\(kind='exact', .* control belongs to the denoising form only",
-        ),
-        ({"eps": 0.0}, "smallest time eps=0.0"),
-        ({"x": np.zeros(3, np.uint8)}, "^x is uint8"),
-        (
-            {"reduction": Reduction(proposal="lattice")},
-            "proposal is 'lattice':.* give a text among 'uniform', 'importance', 'velocity'",
-        ),
-        # This shape would broadcast against n draws without an error, and give far too low a bound.
-        ({"u": jnp.full((4, 1), 0.5)}, "^u is"),
-        ({"u": 5}, "^u is"),
-        ({"u": jnp.asarray([5])}, "^u is int32"),
-        (
-            {"u": jnp.asarray([0.5, 1.5])},
-            r"^u is float32 of shape \(2,\) in \[0.5, 1.5\]: give .* in \[0, 1\]",
-        ),
-        ({"u": jnp.asarray(0.5)}, "^u is"),
-    ],
-)
-def test_invalid_arguments_are_refused(kwargs, message):
-    sde = SDES["vp"]()
-    arguments = {"x": jnp.zeros(3), "eps": EPS, "u": jnp.zeros(1), **kwargs}
-    x = jnp.asarray(arguments.pop("x"))
-    with pytest.raises(ValueError, match=message):
-        bound.elbo(oracle.gaussian(sde).score, sde, x, jax.random.key(0), **arguments)
 
 
 @pytest.mark.slow

@@ -305,10 +305,6 @@ def test_labels_that_do_not_fit_are_refused(tmp_path) -> None:
     for mode in (latents, train_dequantizer):
         with pytest.raises(ValueError, match="with model.classes=10: this mode is for models"):
             mode.check(experiment, Workdir(tmp_path), ())
-    wrong = tiny.get_config()
-    wrong.model.update(classes=-1)
-    with pytest.raises(ValueError, match="classes"):
-        build.Experiment(wrong).check()
 
 
 @pytest.mark.slow

@@ -215,7 +215,7 @@ def test_the_decoder_stays_where_it_was_trained() -> None:
     assert experiment.discrete_eps == pytest.approx((13.3 - 2 * math.log(768)) / 18.3, rel=1e-4)
     assert experiment.dequantizer("truncated_normal").tau == pytest.approx(3.0)
     moved.eval.tau = -1.0
-    with pytest.raises(ValueError, match="eval.tau=-1.0: need a number of at least 0"):
+    with pytest.raises(ValueError, match="eval.tau=-1.0: give a number of at least 0"):
         build.Experiment(moved)
 
 

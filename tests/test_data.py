@@ -68,20 +68,6 @@ def test_unknown_split_lists_the_choices(source: str, options: data.Options) -> 
         data.load(full_name(source), "valid", options)
 
 
-@pytest.mark.parametrize("name", ["digit", "digits:8x8", "digits:", "tfds", "tfds:", "_cache", ""])
-def test_unknown_name_lists_the_choices(name: str) -> None:
-    with pytest.raises(
-        ValueError, match="digits, image_folder, imagenet32:<set>, photos, table, tfds:<set>"
-    ):
-        data.load(name, "train")
-
-
-@pytest.mark.parametrize("name", ["../x", "cifar 10", "/etc", "mnist/", "mnist:latest", "mnist/.."])
-def test_malformed_tfds_name(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="write set, set/config or set:1.2.3"):
-        data.load(f"tfds:{name}", "train", data.Options(cache_dir=tmp_path))
-
-
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SBML_CACHE", raising=False)
     assert data.Options().cache == Path.home() / ".cache" / "sbml"
@@ -91,27 +77,6 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 # ImageSet
-
-
-@pytest.mark.parametrize(
-    ("images", "levels", "message"),
-    [
-        (np.zeros((2, 3, 3, 1), np.float32), 256, "float32"),
-        (np.zeros((2, 3, 3), np.uint8), 256, "shape"),
-        (np.zeros((0, 3, 3, 1), np.uint8), 256, "shape"),
-        (np.full((2, 3, 3, 1), 17, np.uint8), 17, "a pixel 17"),
-        (np.zeros((2, 3, 3, 1), np.uint8), 257, "levels=257"),
-        (np.zeros((2, 3, 3, 1), np.uint8), 1, "levels=1"),
-    ],
-)
-def test_wrong_pixels_are_refused(images: np.ndarray, levels: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        data.ImageSet("set", "1", "train", images, levels)
-
-
-def test_ids_must_match() -> None:
-    with pytest.raises(ValueError, match="1 ids for 2 images"):
-        data.ImageSet("set", "1", "train", np.zeros((2, 3, 3, 1), np.uint8), ids=("a",))
 
 
 def test_fingerprint_is_pinned() -> None:

@@ -14,7 +14,7 @@ from sbml.audit import oracle
 from sbml.core import pytrees
 from sbml.core.streams import stream
 from sbml.core.types import Array
-from sbml.density import density as density_module
+from sbml.density import distribution
 from sbml.density.estimate import Estimate
 from sbml.density.estimators import base
 from sbml.likelihood import bound
@@ -78,7 +78,8 @@ def test_the_batch_size_changes_nothing_and_the_seed_changes_the_probes() -> Non
 
 @pytest.mark.slow
 def test_only_an_exact_trace_has_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sbml.density.density.exact_batch", lambda dims: 2)
+    for place in ("density", "distribution"):
+        monkeypatch.setattr(f"sbml.density.{place}.exact_batch", lambda dims: 2)
     sizes: list[int] = []
 
     def recorded(f, ids, size):
@@ -143,7 +144,11 @@ def test_bits_per_dim_are_of_the_integers() -> None:
     low, high = estimate.population.bounds
     interval = f"95% interval [{low:.4f}, {high:.4f}]"
     own = f"for these examples +-{estimate.this_set_ci95:.4f}, n=12"
-    assert f"bits/dim at t=0.001, {interval}, {own}" in str(estimate)
+    assert f"bits/dim by uniform dequantization at t=0.001, {interval}, {own}" in str(estimate)
+    bound = d.bound(k, sweeps=128)
+    assert abs(bound.population.mean - expected.mean()) < 2 * bound.this_set_ci95 + 0.01 < 0.3
+    assert "bits/dim by uniform dequantization" in str(bound) and bound.sweeps == 128
+    np.testing.assert_allclose(bound.values, sum(bound.terms.values()), rtol=1e-12)
     assert estimate.eps == (-estimate).eps == EPS
     assert estimate.population.ci95 != pytest.approx(estimate.this_set_ci95, rel=1e-3)
 
@@ -242,7 +247,7 @@ def test_weights_that_have_changed_are_read_again(made: str) -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_function_made_anew_is_compiled_once_for_all_its_weights() -> None:
-    kept = density_module._jit(density_module._of_rows, "f", "how", "size").jitted
+    kept = distribution._jit(distribution._of_rows, "f", "how", "size").jitted
     before, found = kept._cache_size(), []
     for w in (1.0, 0.5):
         matrix = w * jnp.eye(2)
@@ -331,10 +336,7 @@ def test_a_module_with_activation_functions_among_its_leaves() -> None:
     x = data(2).reshape(2, 4)
     for score, function in (
         (module, lambda x, t, key: module.mlp(x)),
-        (
-            from_prediction(module, "noise", sde),
-            lambda x, t, key: -module.mlp(x) / sde.std(t),
-        ),
+        (from_prediction(module, "noise", sde), lambda x, t, key: -module.mlp(x) / sde.std(t)),
     ):
         how = {"eps": EPS, "solver": Solver("heun", fixed_steps=3)}
         found, expected = (sbml.Density(s, sde, (4,), **how).latent(x) for s in (score, function))
@@ -355,64 +357,59 @@ def lost(*indices: int, n: int = 8, value: float = math.nan) -> np.ndarray:
 REVERSED = Schedule(lambda t: t, lambda t: 1.001 - t)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: density().logp(data(3)[:, 0]), r"data of shape \(3, 2\): give \(n, 2, 2\)"),
-        (lambda: density().logp(np.zeros((0, 2, 2))), "n at least 1"),
-        (lambda: density().logp(np.zeros((1, 2, 2), int)), "x is of int64: give floating-point"),
-        (lambda: density().bits_per_dim(np.zeros((1, 2, 2), int)), "the number of their levels"),
-        (
-            lambda: density(levels=4).bits_per_dim(data(1)),
-            "pixels are float64: give an array of integers",
+KEY = jax.random.key(0)
+INVALID = [
+    (lambda: density().logp(data(3)[:, 0]), r"data of shape \(3, 2\): give \(n, 2, 2\)"),
+    (lambda: density().logp(np.zeros((0, 2, 2))), "n at least 1"),
+    (lambda: density().logp(np.zeros((1, 2, 2), int)), "x is of int64: give floating-point"),
+    (lambda: density().bits_per_dim(np.zeros((1, 2, 2), int)), "the number of their levels"),
+    (
+        lambda: density(levels=4).bits_per_dim(data(1)),
+        "pixels are float64: give an array of integers",
+    ),
+    (lambda: density(levels=4).bits_per_dim(np.full((1, 2, 2), 4)), r"lie in 4 .. 4: .*0 .. 3"),
+    (lambda: density(levels=1), "^levels is 1: "),
+    (lambda: density(levels=70_000), "^levels is 70000:.*65536"),
+    (lambda: density(levels=1000).sample(KEY, 1), "levels=1000: give an integer of 2 to 256"),
+    (
+        lambda: density(levels=8, solver=Solver(max_steps=2)).sample(KEY, 3),
+        "3 of 3 samples are not finite, with solver=.*larger max_steps",
+    ),
+    (
+        lambda: sbml.Density(gaussian().score, VP(jnp.asarray(0.1)), (2,)),
+        "contains arrays or lists.*tuples of floats",
+    ),
+    (lambda: density(batch_size=0), "^batch_size is 0"),
+    (lambda: density(classes=("b", "a", "a")), "classes has 'a' twice"),
+    (
+        lambda: sbml.Density(lambda x, t, k, c: -x * c, VP(), (2,)).sample(
+            KEY, 2, np.float32([1, np.nan])
         ),
-        (lambda: density(levels=4).bits_per_dim(np.full((1, 2, 2), 4)), r"lie in 4 .. 4: .*0 .. 3"),
-        (lambda: density(levels=1), "^levels is 1: "),
-        (lambda: density(levels=70_000), "^levels is 70000:.*65536"),
-        (
-            lambda: density(levels=1000).sample(jax.random.key(0), 1),
-            "levels=1000: give an integer of 2 to 256",
-        ),
-        (
-            lambda: density(levels=8, solver=Solver(max_steps=2)).sample(jax.random.key(0), 3),
-            "3 of 3 samples are not finite, with solver=.*larger max_steps",
-        ),
-        (
-            lambda: sbml.Density(gaussian().score, VP(jnp.asarray(0.1)), (2,)),
-            "contains arrays or lists.*tuples of floats",
-        ),
-        (lambda: density(batch_size=0), "^batch_size is 0"),
-        (lambda: density(classes=("b", "a", "a")), "classes has 'a' twice"),
-        (
-            lambda: sbml.Density(lambda x, t, k, c: -x * c, VP(), (2,)).sample(
-                jax.random.key(0), 2, np.float32([1, np.nan])
-            ),
-            "condition has a NaN",
-        ),
-        (lambda: density(eps=2.0), r"must lie in \(0, 1.0\)"),
-        (lambda: sbml.Density(gaussian().score, VP(), (2, 0)), r"shape is \(2, 0\)"),
-        (lambda: sbml.Density(gaussian().score, VP(), 2), "^shape is 2"),
-        (lambda: sbml.Density(gaussian().score, VP(), [2]), r"^shape is \[2\]"),
-        (lambda: sbml.Density(gaussian().score, VP, (2,)), "^sde is <class"),
-        (
-            lambda: sbml.Density(lambda x, t: x, VP(), (2,)),
-            r"cannot be called as score\(x, t, key\)",
-        ),
-        (
-            lambda: sbml.Density(made_for(RectifiedFlow()), VP(), (2,)),
-            r"was made for sde=RectifiedFlow\(\), and Density has sde=VP\(",
-        ),
-        (lambda: sbml.Density(lambda x, t, key: x, REVERSED, (2,)), "it must decrease"),
-        (lambda: density().logp(lost(3, 5)), r"2 of 8 examples have.*indices are 3, 5$"),
-        (lambda: density().bound(lost(*range(12), n=40)), r"12 of 40 .* 0, 1, .*, 9, \.\.\.$"),
-        (lambda: density().decode(lost(0, value=-math.inf)), "1 of 8 examples .* are 0$"),
-        # With an infinite budget, no error would be marked.
-        (lambda: density(budget=math.inf), "^budget is inf"),
-        (lambda: density(budget=1.5), "^budget is 1.5"),
-        (lambda: density().bound(data(2), sweeps=1), "^sweeps is 1"),
-        (lambda: density().sample(jax.random.key(0), 0), "^n is 0"),
-    ],
-)
+        "condition has a NaN",
+    ),
+    (lambda: density(eps=2.0), r"must lie in \(0, 1.0\)"),
+    (lambda: sbml.Density(gaussian().score, VP(), (2, 0)), r"shape is \(2, 0\)"),
+    (lambda: sbml.Density(gaussian().score, VP(), 2), "^shape is 2"),
+    (lambda: sbml.Density(gaussian().score, VP(), [2]), r"^shape is \[2\]"),
+    (lambda: sbml.Density(gaussian().score, VP, (2,)), "^sde is <class"),
+    (lambda: sbml.Density(lambda x, t: x, VP(), (2,)), r"cannot be called as score\(x, t, key\)"),
+    (
+        lambda: sbml.Density(made_for(RectifiedFlow()), VP(), (2,)),
+        r"was made for sde=RectifiedFlow\(\), and Density has sde=VP\(",
+    ),
+    (lambda: sbml.Density(lambda x, t, key: x, REVERSED, (2,)), "it must decrease"),
+    (lambda: density().logp(lost(3, 5)), r"2 of 8 examples have.*indices are 3, 5$"),
+    (lambda: density().bound(lost(*range(12), n=40)), r"12 of 40 .* 0, 1, .*, 9, \.\.\.$"),
+    (lambda: density().decode(lost(0, value=-math.inf)), "1 of 8 examples .* are 0$"),
+    # With an infinite budget, no error would be marked.
+    (lambda: density(budget=math.inf), "^budget is inf"),
+    (lambda: density(budget=1.5), "^budget is 1.5"),
+    (lambda: density().bound(data(2), sweeps=1), "^sweeps is 1"),
+    (lambda: density().sample(KEY, 0), "^n is 0"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), INVALID)
 @pytest.mark.usefixtures("unchecked")
 def test_invalid_arguments_are_refused(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):

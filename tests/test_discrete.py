@@ -172,22 +172,3 @@ def test_decoder_sums_over_levels_and_pixels():
 
     assert decoder(rho) == pytest.approx(-np.log(p).sum())
     assert np.isfinite(decoder(jnp.asarray(rho, jnp.bfloat16)))
-
-
-def test_wrong_kinds_and_times_are_refused(case):
-    sde, data, *_ = case
-    arguments = {"noise": discrete.Categorical(LEVELS), "u": jnp.array([0.5])}
-    pixels, key = jnp.array([K]), jax.random.key(0)
-    with pytest.raises(ValueError, match="^pixels is float64"):
-        real = pixels.astype(float)
-        discrete.elbo(data.score, sde, real, key, eps=1e-2, **arguments)
-    with pytest.raises(ValueError, match="must lie in"):
-        discrete.elbo(data.score, sde, pixels, key, eps=2.0, **arguments)
-
-
-@pytest.mark.parametrize(("name", "value"), [("noise", "categorical"), ("reduction", None)])
-def test_arguments_of_another_class_are_refused(case, name, value):
-    sde, data, *_ = case
-    arguments = {"noise": discrete.Categorical(LEVELS), "u": jnp.array([0.5]), name: value}
-    with pytest.raises(ValueError, match=f"^{name} is"):
-        discrete.elbo(data.score, sde, jnp.array([K]), jax.random.key(0), eps=1e-2, **arguments)

@@ -574,106 +574,99 @@ def test_modules_of_several_frameworks_give_the_same_density() -> None:
         np.testing.assert_allclose(each, found[0], rtol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: density().log_prob(X[:, :2]), r"x has shape \(4, 2\): give \(\.\.\., 3,\)"),
-        (lambda: density(trace=Trace()).log_prob(X), "key=None with a rademacher trace"),
-        (
-            lambda: sbml.Density(conditional(), SDE, (3,)).log_prob(X, condition=jnp.zeros(3)),
-            r"condition of shape \(3,\): give one for all examples, \(\), or one for each, \(4,\)",
-        ),
-        (lambda: density().log_prob(X, condition=1.0), "cannot be called as network"),
-        (
-            lambda: sbml.Density(lambda x, t, key, c: -x, SDE, (3,)).log_prob(X),
-            r"cannot be called as score\(x, t, key\)",
-        ),
-        (
-            lambda: sbml.Density(conditional(), SDE, (3,)).classify(X, jnp.arange(2), [0.5, 0.6]),
-            "prior=.*2 positive probabilities",
-        ),
-        (lambda: density(levels=4, transform=Affine()), "levels=4 with a transform"),
-        (lambda: density(transform=3), r"transform is 3 \(int\): give an object with the methods"),
-        (
-            lambda: density(transform=Affine),
-            "transform is <class .*: give an object with the m",
-        ),
-        (lambda: density(transform=halves(forward=None)), "transform is .*: give an object with"),
-        (
-            lambda: density(transform=halves(inverse_and_log_det=lambda y: y)),
-            r"inverse_and_log_det returned float64 of shape \(3,\): return x and log",
-        ),
-        (
-            lambda: density(transform=halves(inverse_and_log_det=lambda y: None)),
-            r"inverse_and_log_det returned None \(NoneType\): return x and log",
-        ),
-        (
-            lambda: density(transform=halves(inverse_and_log_det=lambda y: {}["a"])),
-            r"inverse_and_log_det of an example of shape \(3,\) failed with KeyError: 'a': correct",
-        ),
-        (
-            lambda: density(transform=halves(forward=lambda x: None)),
-            r"forward of an example of shape \(3,\) returned None",
-        ),
-        (
-            lambda: density(transform=halves(inverse_and_log_det=lambda y: (y[:1], y[0]))),
-            r"returned float64 of shape \(1,\): return an array of the same shape",
-        ),
-        (lambda: sbml.Density(3, SDE, (3,)), r"^score is 3 \(int\): give a function"),
-        (
-            lambda: sbml.Density(
-                lambda x, t, key: -x + jax.random.normal(key, x.shape), SDE, (3,)
-            ).log_prob(X),
-            "the score draws random numbers although key=None",
-        ),
-        (
-            lambda: sbml.Density(conditional(), SDE, (3,), condition_shape=3),
-            r"condition_shape is 3 \(int\): give a shape such as \(3,\)",
-        ),
-        (lambda: density(condition_shape={"a": (-1,)}), "condition_shape is {'a'.*: give a shape"),
-        (lambda: density(condition_shape=(0,)), "condition_shape is .* with sizes of at least 1"),
-        (
-            lambda: sbml.Density(conditional(), SDE, (3,)).log_prob(
-                X, condition={"a": [[1.0, 2.0], [3.0]]}
-            ),
-            r"condition is \[\[1.0, 2.0\], \[3.0\]\] \(list\): give lists of one length",
-        ),
-        (
-            lambda: sbml.Density(
-                lambda x, t, key, c: -x, SDE, (3,), condition_shape={"a": (2,)}
-            ).log_prob(X, condition=[0.1, 0.2]),
-            r"condition is the pytree .*: give one like condition_shape=\{'a': \(2,\)\}",
-        ),
-        (
-            lambda: sbml.Density(
-                lambda x, t, key, c: -x, SDE, (3,), condition_shape={"a": (2,)}
-            ).log_prob(X, condition={"a": None}),
-            r"condition is None \(NoneType\): give arrays of numbers",
-        ),
-        (
-            lambda: sbml.Density(conditional(), SDE, (3,), condition_shape=(2,)).log_prob(X),
-            r"condition=None, but condition_shape=\(2,\): give one condition",
-        ),
-        (
-            lambda: sbml.Density(conditional(), SDE, (3,)).log_prob(X, condition="a"),
-            r"condition is 'a' \(str\): give arrays of numbers",
-        ),
-        (
-            lambda: sbml.Density(conditional(), SDE, (3,)).classify(X, []),
-            r"conditions of shapes \[\(0,\)\]: give arrays .* at least 1",
-        ),
-        (lambda: Solver(adjoint="both"), "^adjoint is 'both'"),
-        (lambda: density().log_prob(np.ones((2, 3), int)), "^x is int"),
-        (
-            lambda: jax.jvp(density().log_prob, (X[0],), (np.ones(3),)),
-            r'Solver\(adjoint="forward"\)',
-        ),
-        (
-            lambda: density().importance(jax.random.key(0), 4, lambda x: x),
-            r"log_target returned shape \(3,\) for one example",
-        ),
-    ],
-)
+def on(score: Any, **options: Any) -> sbml.Density:
+    return sbml.Density(score, SDE, (3,), **options)
+
+
+def ignoring(x: Array, t: Array, key: Any, condition: Any) -> Array:
+    return -x
+
+
+WRONG_CALLS = [
+    (lambda: density().log_prob(X[:, :2]), r"x has shape \(4, 2\): give \(\.\.\., 3,\)"),
+    (lambda: density(trace=Trace()).log_prob(X), "key=None with a rademacher trace"),
+    (
+        lambda: on(conditional()).log_prob(X, condition=jnp.zeros(3)),
+        r"condition of shape \(3,\): give one for all examples, \(\), or one for each, \(4,\)",
+    ),
+    (lambda: density().log_prob(X, condition=1.0), "cannot be called as network"),
+    (lambda: on(ignoring).log_prob(X), r"cannot be called as score\(x, t, key\)"),
+    (
+        lambda: on(conditional()).classify(X, jnp.arange(2), [0.5, 0.6]),
+        "prior=.*2 positive probabilities",
+    ),
+    (lambda: density(levels=4, transform=Affine()), "levels=4 with a transform"),
+    (lambda: density(transform=3), r"transform is 3 \(int\): give an object with the methods"),
+    (lambda: density(transform=Affine), "transform is <class .*: give an object with the m"),
+    (lambda: density(transform=halves(forward=None)), "transform is .*: give an object with"),
+    (
+        lambda: density(transform=halves(inverse_and_log_det=lambda y: y)),
+        r"inverse_and_log_det returned float64 of shape \(3,\): return x and log",
+    ),
+    (
+        lambda: density(transform=halves(inverse_and_log_det=lambda y: None)),
+        r"inverse_and_log_det returned None \(NoneType\): return x and log",
+    ),
+    (
+        lambda: density(transform=halves(inverse_and_log_det=lambda y: {}["a"])),
+        r"inverse_and_log_det of an example of shape \(3,\) failed with KeyError: 'a': correct",
+    ),
+    (
+        lambda: density(transform=halves(forward=lambda x: None)),
+        r"forward of an example of shape \(3,\) returned None",
+    ),
+    (
+        lambda: density(transform=halves(inverse_and_log_det=lambda y: (y[:1], y[0]))),
+        r"returned float64 of shape \(1,\): return an array of the same shape",
+    ),
+    (lambda: sbml.Density(3, SDE, (3,)), r"^score is 3 \(int\): give a function"),
+    (
+        lambda: sbml.Density(
+            lambda x, t, key: -x + jax.random.normal(key, x.shape), SDE, (3,)
+        ).log_prob(X),
+        "the score draws random numbers although key=None",
+    ),
+    (
+        lambda: on(conditional(), condition_shape=3),
+        r"condition_shape is 3 \(int\): give a shape such as \(3,\)",
+    ),
+    (lambda: density(condition_shape={"a": (-1,)}), "condition_shape is {'a'.*: give a shape"),
+    (lambda: density(condition_shape=(0,)), "condition_shape is .* with sizes of at least 1"),
+    (
+        lambda: on(conditional()).log_prob(X, condition={"a": [[1.0, 2.0], [3.0]]}),
+        r"condition is \[\[1.0, 2.0\], \[3.0\]\] \(list\): give lists of one length",
+    ),
+    (
+        lambda: on(ignoring, condition_shape={"a": (2,)}).log_prob(X, condition=[0.1, 0.2]),
+        r"condition is the pytree .*: give one like condition_shape=\{'a': \(2,\)\}",
+    ),
+    (
+        lambda: on(ignoring, condition_shape={"a": (2,)}).log_prob(X, condition={"a": None}),
+        r"condition is None \(NoneType\): give arrays of numbers",
+    ),
+    (
+        lambda: on(conditional(), condition_shape=(2,)).log_prob(X),
+        r"condition=None, but condition_shape=\(2,\): give one condition",
+    ),
+    (
+        lambda: on(conditional()).log_prob(X, condition="a"),
+        r"condition is 'a' \(str\): give arrays of numbers",
+    ),
+    (
+        lambda: on(conditional()).classify(X, []),
+        r"conditions of shapes \[\(0,\)\]: give arrays .* at least 1",
+    ),
+    (lambda: Solver(adjoint="both"), "^adjoint is 'both'"),
+    (lambda: density().log_prob(np.ones((2, 3), int)), "^x is int"),
+    (lambda: jax.jvp(density().log_prob, (X[0],), (np.ones(3),)), r'Solver\(adjoint="forward"\)'),
+    (
+        lambda: density().importance(jax.random.key(0), 4, lambda x: x),
+        r"log_target returned shape \(3,\) for one example",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG_CALLS)
 @pytest.mark.usefixtures("unchecked")
 def test_wrong_calls_are_refused(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -742,6 +735,11 @@ def test_lost_examples_are_named_and_large_differences_are_kept() -> None:
     assert Posterior.of(
         logp[::2], zero[:2], np.log([0.5, 0.5]), np.arange(1), logp[:1], logp[:1], np.mean
     ).log_score([1, 0]).mean == pytest.approx((2000 + np.log1p(np.exp(-1))) / 2)
+    even, half = np.log([[0.5, 0.5], [0.8, 0.2]]), np.log([0.5, 0.5])
+    known = Posterior.of(even, zero[:2], half, np.arange(2), even, even, lambda w: 0.3)
+    assert known.prior == pytest.approx(2 * 0.3 * (0.25 + 0.16) / 2)
+    two = Importance.of(np.zeros((3, 1)), np.log([3.0, 2.0, 1.0]), zero[:1], zero[:1])
+    assert two.effective == pytest.approx(6**2 / 14)
     weights = np.random.default_rng(6).normal(size=2000) * 5
     none = np.zeros(4)
     assert Importance.of(np.zeros((2000, 1)), weights, none, none).heavy_tailed

@@ -165,10 +165,3 @@ def test_float32_examples_keep_their_dtype() -> None:
         value, trace = exact(X)
     assert value.dtype == trace.dtype == jnp.float32
     np.testing.assert_allclose(trace, np.trace(jacobian()), rtol=1e-5)
-
-
-def test_unknown_and_too_few_probes_are_refused() -> None:
-    with pytest.raises(ValueError, match="kind is 'sobol'"):
-        divergence.probes(jax.random.key(0), SHAPE, 1, "sobol")
-    with pytest.raises(ValueError, match="count is 0:.* an integer of at least 1"):
-        divergence.probes(jax.random.key(0), SHAPE, 0)

@@ -371,7 +371,7 @@ def test_products_have_full_precision_by_default(trained, tmp_path, monkeypatch)
     first, second = found
     assert {name for name in first if first[name] != second[name]} == {"precision"}
     config.eval.precision = "half"
-    with pytest.raises(ValueError, match="eval.precision=half: need one of default, high, highest"):
+    with pytest.raises(ValueError, match="eval.precision=half: give one of default, high, highest"):
         runs.mode(evaluate.run, config, tmp_path)
 
 

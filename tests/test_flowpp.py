@@ -321,20 +321,3 @@ def test_logits_and_log_q_of_a_foreign_flow(reference: Any) -> None:
 
 
 # Options
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"design": "mnist"}, "design is 'mnist'.*cifar10, imagenet32"),
-        ({"filters": 0}, "filters is 0"),
-        ({"components": 0}, "components is 0"),
-        ({"filters": 10, "heads": 4}, "filters=10 is not a multiple of heads=4"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"levels": 1}, "levels is 1"),
-    ],
-)
-def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        flowpp.Model(**options)

@@ -300,11 +300,3 @@ def test_gradients_are_finite_at_the_largest_noise(data):
 
     gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(out, y, jnp.float32(1e5))
     assert all(np.isfinite(gradient).all() for gradient in gradients)
-
-
-def test_wrong_outputs_and_data_are_refused():
-    out, y = jnp.zeros((3, 4)), jnp.zeros(3)
-    with pytest.raises(ValueError, match="out, .* needs 5 numbers"):
-        integers.posterior_mean(out, y, jnp.asarray(1.0), 5, "centre")
-    with pytest.raises(ValueError, match="^data is 'bins'"):
-        integers.posterior_mean(out, y, jnp.asarray(1.0), 4, "bins")

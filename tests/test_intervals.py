@@ -77,6 +77,13 @@ def test_interval_is_students():
     values = np.random.default_rng(0).normal(2.0, 3.0, 12)
     low, high = stats.t.interval(0.95, 11, loc=values.mean(), scale=stats.sem(values))
     np.testing.assert_allclose(mean_interval(values).bounds, (low, high))
+    skewed = mean_interval(values**2, skewed=True)  # Its lower end is Hall's T(-h) = -t.
+    h, a = skewed.ci95 / skewed.stderr, stats.skew(values**2) * (11 / 12) ** 1.5 / 12**0.5
+    transformed = -h + a * h**2 / 3 - a**2 * h**3 / 27 + a / 6
+    assert transformed == pytest.approx(-stats.t.ppf(0.975, 11)) and a > 0.1
+    assert mean_interval(-(values**2), skewed=True).ci95 == pytest.approx(skewed.ci95)
+    for same in ([1.0], [2.0, 2.0]):
+        assert mean_interval(same, skewed=True) == mean_interval(same)
     broken = mean_interval(np.array([1.0, np.nan]))
     assert broken.nonfinite == 1 and math.isnan(broken.mean)
     with pytest.raises(ValueError, match=r"values of shape \(0,\): a mean needs at least one"):

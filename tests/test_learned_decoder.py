@@ -10,6 +10,7 @@ import runs
 import tiny
 from scipy import special, stats
 
+import sbml
 from sbml.program.config import build
 from sbml.program.modes import eval as evaluate
 from sbml.program.modes import train
@@ -76,6 +77,18 @@ def test_the_decoder_of_an_evaluation_is_bayes_rule(evaluated):
     difference = np.mean(found) - np.mean(draws)
     assert error < 0.01 < 0.1 < np.mean(draws)
     assert abs(difference) < 4 * error
+
+
+@pytest.mark.slow
+def test_the_bound_of_integers_in_python_is_that_of_the_evaluation(evaluated):
+    """Both have the learned decoder, and other draws."""
+    experiment, params, columns = evaluated
+    images, eps = experiment.images("test").images[columns["id"]], experiment.discrete_eps
+    shape, levels, score = experiment.shape, experiment.levels, experiment.adapter(params)
+    found = sbml.Density(score, experiment.sde, shape, levels, eps).bound(images, sweeps=SWEEPS)
+    expected = columns["bound_learned_bits_per_dim"].mean()
+    assert abs(found.mean - expected) < 2 * found.this_set_ci95 < 0.1 * expected
+    assert "by the learned decoder" in str(found)
 
 
 @pytest.mark.slow

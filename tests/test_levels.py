@@ -64,16 +64,3 @@ def test_the_loss_is_that_of_their_papers(levels: sdes.Levels) -> None:
     smld = 0.5 * sigma**2 * np.sum((np.sin(x_t) + (x_t - alpha * x) / sigma**2) ** 2)
     np.testing.assert_allclose(loss, ddpm, rtol=1e-12)
     np.testing.assert_allclose(loss, smld, rtol=1e-10)
-
-
-def test_refusals() -> None:
-    with pytest.raises(ValueError, match="no likelihood weighting: choose the original"):
-        losses.weight(DDPM, jnp.asarray(0.5), "likelihood")
-    for kind in (sdes.SubVP(), sdes.LinearVE()):
-        with pytest.raises(ValueError, match="limit of no discrete-time model"):
-            kind.levels(N)
-    for kind in (sdes.VE(), sdes.VP()):
-        with pytest.raises(ValueError, match="n is 1:.* an integer of at least 2"):
-            kind.levels(1)
-    with pytest.raises(ValueError, match=r"20 noise levels with beta_max=20.0.*more than 20"):
-        sdes.VP().levels(20)

@@ -50,7 +50,7 @@ SOME = sorted(FLAT)[::3]  # of the fields
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(("wrong", "value"), [("x\ny", "x\\ny"), (1.5, "1.5")])
+@pytest.mark.parametrize(("wrong", "value"), [("x\ny", "x\\ny"), (1.5, "1.5"), ([7] * 5000, "7")])
 @pytest.mark.parametrize("names", [SOME, SECTIONS], ids=["fields", "sections"])
 def test_a_value_of_a_wrong_type_in_a_checkpoint_is_named_with_its_folder(
     names: list[str], wrong: object, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -68,7 +68,7 @@ def test_a_value_of_a_wrong_type_in_a_checkpoint_is_named_with_its_folder(
         with pytest.raises(ValueError) as caught:
             load(folder)
         said = str(caught.value)
-        assert "\n" not in said and str(folder) in said, (name, said)
+        assert "\n" not in said and len(said) < 1000 and str(folder) in said, (name, said)
         if "of another model" in said:
             continue
         # A value is named by the field, or by a field of the section that it replaces.

@@ -1,12 +1,11 @@
 """Denoising score matching on Gaussian data, where sigma points make expectations exact."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
+from closed_forms import sigma_points
 from families import FAMILIES_VE_SLOW
 
 from sbml import likelihood, losses, samplers
@@ -43,7 +42,7 @@ def expected_loss(score: Score, data: oracle.Gaussian, t: Array, weighting: str)
         x_t = losses.perturb(data.sde, x, t, z)
         return losses.residual(data.sde, score(x_t, t, None), t, z, weighting)
 
-    return jnp.mean(jax.vmap(one)(*data.sigma_points()))
+    return jnp.mean(jax.vmap(one)(*sigma_points(data)))
 
 
 def score_with_error(data: oracle.Gaussian, a: Array, b: Array) -> Score:
@@ -365,11 +364,6 @@ def test_a_score_of_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
             jax.eval_shape(call)
 
 
-def test_unknown_weightings_are_refused() -> None:
-    with pytest.raises(ValueError, match="weighting is 'vlb':.* give a text among"):
-        losses.dsm(_echo, SDES["vp"](), jnp.ones(2), TIME, jax.random.key(0), weighting="vlb")
-
-
 def test_signs_multiply_the_noise(sde: SDE) -> None:
     """At x = 0 the loss of the constant score c with noise -z is that of -c with noise z."""
     x, t, signs = np.zeros((2, 3)), np.full(2, TIME), np.array([1.0, -1.0])
@@ -385,37 +379,3 @@ def test_signs_multiply_the_noise(sde: SDE) -> None:
     up, down = map(np.asarray, both(jax.random.key(0)))
     np.testing.assert_allclose(up, down[::-1], rtol=1e-12)
     assert abs(up[0] - up[1]) > 1e-3
-
-
-def rows_of(**wrong: Array) -> dict[str, Array]:
-    """Arguments of ``dsm_batch`` for four examples of three dimensions."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    return {"x": np.ones((4, 3)), "t": np.full((4,), 0.5), "keys": keys, **wrong}
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        # Without the check, vmap would map over the rows of t, and broadcasting would give a loss
-        # for each dimension.
-        ("t", np.full((4, 3), 0.5)),
-        ("t", np.full((), 0.5)),
-        ("x", np.ones(())),
-        ("keys", np.zeros((4, 2), np.uint32)),
-        ("keys", np.zeros(4)),
-        ("keys", jax.random.split(jax.random.key(0), 3)),
-        ("keys", jax.random.key(0)),
-        ("keys", jax.random.split(jax.random.key(0), (1, 4))),
-        ("signs", np.ones((4, 3))),
-    ],
-)
-def test_arrays_without_one_row_for_each_example_are_refused(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{name} is"):
-        losses.dsm_batch(lambda x, t, key: -x, SDES["vp"](), **rows_of(**{name: value}))
-
-
-def test_the_time_of_one_example_is_a_scalar() -> None:
-    with pytest.raises(ValueError, match="^t is"):
-        losses.dsm(
-            lambda x, t, key: -x, SDES["vp"](), jnp.ones(3), jnp.full((3,), 0.5), jax.random.key(0)
-        )

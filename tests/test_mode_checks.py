@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 from sbml import dequantizers
 from sbml.program.config import build
 from sbml.program.config.compatibility import check_dequantizer
-from sbml.program.config.config import default
 from sbml.program.modes import eval as evaluate
 from sbml.program.modes import quality, train_dequantizer
 from sbml.program.modes._runner import Command
@@ -75,8 +74,6 @@ def test_only_the_dequantizer_that_is_trained_is_evaluated(
     metadata["config"]["dequantizer"]["name"] = "another"
     with pytest.raises(ValueError, match="dequantizer.name is .* the checkpoint's is another"):
         check_dequantizer(checked, metadata)
-    with pytest.raises(ValueError, match=r"dequantizer.name=triangle: need one of"):
-        default(dequantizer="triangle")
 
 
 def test_the_report_is_written_once_also_if_a_later_mode_fails(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import errors
 from flax import linen as nn
-from linen import KEY, normal, random_params, same, shapes, size
+from linen import normal, random_params, same, shapes, size
 
 from sbml import networks
 from sbml.networks import mlp, ncsnpp
@@ -39,11 +39,6 @@ def test_every_network_keeps_the_contract(name: str) -> None:
     assert size(shapes(model, (2, 32, 32, 3))) > 0
 
 
-def test_unknown_network_lists_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"'unet'.*mlp, ncsnpp"):
-        networks.NETWORKS["unet"]
-
-
 SMALL = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)}
 UNET2D = {
     "block_out_channels": (32,),
@@ -52,48 +47,6 @@ UNET2D = {
     "mid_block_type": "none",
     "up_block_types": ("UpBlock2D",),
 }
-BAD_OPTIONS = [
-    ({"embedding_type": "cosine"}, "embedding_type is 'cosine'.*'positional', 'fourier'"),
-    ({"resblock_type": "resnet"}, "resblock_type is 'resnet'.*'ddpm', 'biggan'"),
-    (
-        {"progressive": "input_skip"},
-        "progressive is 'input_skip'.*'none', 'output_skip'",
-    ),
-    ({"progressive_input": "x"}, "progressive_input is 'x'.*'none', 'input_skip', 'residual'"),
-    ({"progressive_combine": "add"}, "progressive_combine is 'add'.*'sum', 'cat'"),
-    ({"nonlinearity": "gelu"}, "nonlinearity is 'gelu'.*'swish', 'elu', 'relu', 'lrelu'"),
-    ({"dtype": "float16"}, "dtype is 'float16'.*'float32', 'bfloat16'"),
-    ({"dropout": 1.0}, r"dropout is 1.0.*\[0, 1\)"),
-    ({"nf": 2}, "nf is 2.*at least 4"),
-    ({"ch_mult": ()}, r"ch_mult is \(\)"),
-    ({"num_res_blocks": 0}, "num_res_blocks is 0"),
-    ({"num_res_blocks": 101}, r"num_res_blocks is 101.* in \[1, 100\]"),
-    ({"fir_kernel": (1, -1)}, r"fir_kernel is \(1, -1\)"),
-    ({"fourier_scale": 0.0}, "fourier_scale is 0.0"),
-    ({"fourier": (0.0,)}, r"fourier is \(0.0,\)"),
-]
-BAD_INPUTS: list[tuple[dict, tuple[int, ...], str]] = [
-    ({}, (2, 9, 8, 3), "9x8.*multiple of 2"),
-    ({}, (2, 8, 8), r"\(2, 8, 8\).*\(n, h, w, c\)"),
-    ({"attn_resolutions": (16,)}, (2, 8, 8, 3), r"\(16,\).*\[8, 4\]"),
-    (
-        {"nf": 18},
-        (2, 8, 8, 3),
-        "GroupNorm_0 has 4 groups for 18 channels: .* multiples of 32",
-    ),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
-def test_bad_option_is_an_error_at_once(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ncsnpp.Model(**options)
-
-
-@pytest.mark.parametrize(("options", "shape", "message"), BAD_INPUTS)
-def test_bad_input_is_an_error(options: dict, shape: tuple[int, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        shapes(ncsnpp.Model(**SMALL | options), shape)
 
 
 @pytest.mark.slow
@@ -236,24 +189,6 @@ def test_several_outputs_have_the_digits_of_float32(name: str, options: dict) ->
     assert rounded(3) < 0.1
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"embedding_type": "rotary"}, "embedding_type is 'rotary'.*'positional', 'fourier'"),
-        ({"dtype": "int8"}, "dtype is 'int8'"),
-        ({"embedding_size": 7}, "embedding_size is 7"),
-        ({"width": 0}, "width is 0"),
-        ({"depth": -1}, "depth is -1"),
-        ({"depth": 65535}, r"depth is 65535.* in \[0, 500\]"),
-        ({"fourier_scale": 0.0}, "fourier_scale is 0.0"),
-        ({"fourier": (-1.0,)}, r"fourier is \(-1.0,\)"),
-    ],
-)
-def test_bad_mlp_option_is_an_error_at_once(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        mlp.Model(**options)
-
-
 def test_mlp_reads_fourier_features_of_its_input() -> None:
     """If x changes by a period of the features, the output changes as it does without them."""
     plain, model = mlp.Model(width=16, depth=0), mlp.Model(width=16, depth=0, fourier=(8.0, 16.0))
@@ -272,8 +207,3 @@ def test_mlp_reads_fourier_features_of_its_input() -> None:
     np.testing.assert_allclose(moved(model, variables["params"], 0.25), expected, atol=1e-4)
     gap = moved(model, variables["params"], 0.1) - moved(plain, without, 0.1)
     assert np.abs(gap).max() > 0.1
-
-
-def test_mlp_needs_one_label_per_example() -> None:
-    with pytest.raises(ValueError, match=r"label is .* of shape \(1,\)"):
-        mlp.Model().init(KEY, normal(1, 2, 3), np.ones(1, np.float32), train=False)

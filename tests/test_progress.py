@@ -71,7 +71,24 @@ def test_the_seconds_of_a_long_result_are_shown(screen: Screen) -> None:
             time.sleep(0.01)
 
 
-def test_a_log_has_whole_lines_at_the_ends_and_every_half_minute(screen: Screen) -> None:
+def test_a_log_counts_the_seconds_of_a_long_result(
+    screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sbml.core.progress.EVERY", 0.01)
+    screen.live = False
+    with Bar("ode", "image", 40):
+        screen.now += 33
+        deadline = time.monotonic() + 10
+        while "ode:   0% 0/40 [00:33<?, ? image/s, compiling]\n" not in screen.getvalue():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def clock(seconds: int) -> str:
+    return f"{seconds // 60:02}:{seconds % 60:02}"
+
+
+def test_a_log_has_whole_lines_at_the_ends_and_every_ten_seconds(screen: Screen) -> None:
     screen.live = False
     with Bar("train", "step", 1000) as bar:
         screen.now += 62.0  # The function is compiled.
@@ -82,10 +99,11 @@ def test_a_log_has_whole_lines_at_the_ends_and_every_half_minute(screen: Screen)
     assert "\r" not in screen.getvalue() and screen.getvalue().endswith("]\n")
     assert screen.lines == [
         "train:   0% 0/1000 [00:00<?, ? step/s, compiling]",
-        "train:  24% 241/1000 [01:32<01:34,  8.00 step/s, loss 240]",
-        "train:  48% 481/1000 [02:02<01:04,  8.00 step/s, loss 480]",
-        "train:  72% 721/1000 [02:32<00:34,  8.00 step/s, loss 720]",
-        "train:  96% 961/1000 [03:02<00:04,  8.00 step/s, loss 960]",
+        *[
+            f"train: {n / 10:3.0f}% {n}/1000 [{clock(62 + n // 8)}<{clock(124 - n // 8)},  "
+            f"8.00 step/s, loss {n - 1}]"
+            for n in range(81, 1000, 80)
+        ],
         "train: 100% 1000/1000 [03:07<00:00,  7.99 step/s, loss 999]",
     ]
 

@@ -178,7 +178,7 @@ def test_what_is_missing_is_named(config: ConfigDict, tmp_path: Path) -> None:
         runs.mode(stats.run, config, tmp_path)
     config.eval.quality.features = "vgg"
     with pytest.raises(
-        ValueError, match="eval.quality.features=vgg: need one of digits_classifier"
+        ValueError, match="eval.quality.features=vgg: give one of digits_classifier"
     ):
         runs.mode(stats.run, config, tmp_path)
 

@@ -53,23 +53,6 @@ def test_every_recipe_makes_an_experiment() -> None:
     assert model.fourier == recipes.with_recipe(config, "fourier").model.fourier != (4.0,)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "message"),
-    [
-        ("level", "unknown recipe 'level': give field=value or one of iid, lattice"),
-        ("levels+centres", "unknown recipe 'centres'"),
-        (
-            "training.noise=iid",
-            "config.training has no field noise: did you mean training.noises",
-        ),
-        ("levels+trainings.times=iid", "config has no field trainings: did you mean training"),
-    ],
-)
-def test_unknown_recipes_and_fields_are_refused(recipe: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        recipes.with_recipe(default(), recipe)
-
-
 def test_commas_in_a_tuple_do_not_separate_recipes() -> None:
     names = recipes.names_in("centre+model.ch_mult=(1,2),noise,model.fourier=(8.5,17.0)")
     assert names == ["centre+model.ch_mult=(1,2)", "noise", "model.fourier=(8.5,17.0)"]

@@ -227,7 +227,7 @@ CASES: Cases = {
     "mean_interval": (
         intervals.mean_interval,
         {"values": X},
-        {"values": (X[None], X[0], X + 0j, X[:0])},
+        {"values": (X[None], X[0], X + 0j, X[:0]), "skewed": ("yes", 1)},
     ),
     "repeated_stderr": (
         intervals.repeated_stderr,

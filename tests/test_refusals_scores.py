@@ -139,7 +139,9 @@ CASES: Cases = {
     "pilot": (
         lambda x, key, eps, bins: bound.pilot(score, VP, x, key, eps=eps, bins=bins),
         {"x": BATCH, "key": KEY, "eps": EPS, "bins": 2},
-        BAD_KEYS | EPSILONS | {"x": (BATCH.astype(int), BATCH.tolist(), X[0]), "bins": COUNTS},
+        BAD_KEYS
+        | EPSILONS
+        | {"x": (BATCH.astype(int), BATCH.tolist(), X[0]), "bins": (*COUNTS, 2**40)},
     ),
     "control": (
         lambda noise_variance, x: bound.GaussianControl.fit(x, noise_variance=noise_variance),
@@ -221,7 +223,7 @@ CASES: Cases = {
         lambda **choices: ode.Solver(**choices).tighter(10).rtol,
         {"fixed_steps": 3},
         {
-            "fixed_steps": (*COUNTS, 2**31 - 1),
+            "fixed_steps": (*COUNTS, 10_001),
             "max_steps": (*COUNTS, None, 2**31 - 1),
             "rtol": (0.0, -1.0, INFINITY, "a", 1.1),
             "atol": (0.0, NAN, "a"),
@@ -248,12 +250,12 @@ CASES: Cases = {
     "path": (
         lambda z, key, eps, frames, sde: path(samplers.DDIM(3), z, key, eps, frames, sde),
         {"z": X, "key": KEY, "eps": EPS, "frames": 3, "sde": VP},
-        {"z": EXAMPLES["x"], "frames": COUNTS} | BAD_KEYS | EPSILONS | DISCRETE,
+        {"z": EXAMPLES["x"], "frames": (*COUNTS, 2**40)} | BAD_KEYS | EPSILONS | DISCRETE,
     ),
     "ode path": (
         lambda z, key, eps, frames, sde: path(samplers.ODE(FAST), z, key, eps, frames, sde),
         {"z": X, "key": None, "eps": EPS, "frames": 3, "sde": VP},
-        {"z": EXAMPLES["x"], "frames": COUNTS} | MAYBE_KEYS | EPSILONS | DISCRETE,
+        {"z": EXAMPLES["x"], "frames": (*COUNTS, 2**40)} | MAYBE_KEYS | EPSILONS | DISCRETE,
     ),
     "sampler's choices": (
         lambda steps, snr, eta: (
@@ -261,7 +263,7 @@ CASES: Cases = {
         ),
         {"steps": 3, "snr": 0.1, "eta": 0.5},
         {
-            "steps": COUNTS,
+            "steps": (*COUNTS, 2**40),
             "snr": (0.0, -0.1, NAN, INFINITY, "a", 1e-320),
             "eta": (-0.1, 1.1, NAN, *NOT_A_NUMBER),
         },
@@ -282,6 +284,16 @@ CASES: Cases = {
         lambda key, eps, sde: samplers.ode_sample(score, sde, (3,), key, eps=eps, solver=FAST),
         {"key": KEY, "eps": EPS, "sde": VP},
         BAD_KEYS | EPSILONS | DISCRETE,
+    ),
+    "number of steps of the samplers": (
+        lambda steps: [kind(steps).nfe for kind in (samplers.DPMSolver, samplers.Midpoint)],
+        {"steps": 10_000},
+        {"steps": (*COUNTS, 10_001)},
+    ),
+    "trace": (
+        lambda probes: Trace("gaussian", probes).probes,
+        {"probes": 4_096},
+        {"probes": (*COUNTS, 4_097)},
     ),
     "density": (
         lambda **choices: density(**choices).dims,
@@ -305,11 +317,13 @@ CASES: Cases = {
         BAD_KEYS | {"n": COUNTS},
     ),
     "density's bound": (
-        lambda sweeps, times_each: (
-            density().bound(BATCH, sweeps=sweeps, times_each=times_each).values
-        ),
+        lambda **choices: density().bound(BATCH, **choices).values,
         {"sweeps": 2, "times_each": 1},
-        {"sweeps": (*COUNTS, 1, 2**40), "times_each": COUNTS},
+        {
+            "sweeps": (*COUNTS, 1, 2**40),
+            "times_each": (*COUNTS, 2**40),
+            "steps": (*COUNTS, 2**40),
+        },
     ),
 }
 

@@ -229,36 +229,26 @@ def test_costs_are_those_of_the_training_that_made_the_checkpoint(tmp_path: Path
     assert "new; new, modified" in text
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("config", {"a": 1}),
-        ("config", {"data": 3}),
-        ("config", {"training": {}}),
-        ("checkpoint", {}),
-        ("checkpoint", {"step": "2", "parameters_crc32": 7}),
-        ("title", {"a": 1}),
-        ("command", 4),
-        ("tables", 5),
-        ("tables", {PER_IMAGE: "7"}),
-        ("versions", [1]),
-        ("versions", {}),
-        ("model", 3),
-        ("model", {}),
-        ("classes", [3]),
-        ("baselines", 3),
-        ("baselines", [{"a": 1}]),
-        ("baselines_left_out", 3),
-        ("data", [1]),
-        ("data", {"test": {}}),
-        ("classifier", 3),
-        ("classifier", {"a": "b"}),
-        ("noise_levels", {}),
-        ("warnings", [1]),
-        ("results", []),
-        ("results", [3]),
-    ],
-)
+OTHER_FORMS: dict[str, list[object]] = {
+    "config": [{"a": 1}, {"data": 3}, {"training": {}}],
+    "checkpoint": [{}, {"step": "2", "parameters_crc32": 7}],
+    "title": [{"a": 1}],
+    "command": [4],
+    "tables": [5, {PER_IMAGE: "7"}],
+    "versions": [[1], {}],
+    "model": [3, {}],
+    "classes": [[3]],
+    "baselines": [3, [{"a": 1}]],
+    "baselines_left_out": [3],
+    "data": [[1], {"test": {}}],
+    "classifier": [3, {"a": "b"}],
+    "noise_levels": [{}],
+    "warnings": [[1]],
+    "results": [[], [3]],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k in OTHER_FORMS for v in OTHER_FORMS[k]])
 def test_an_evaluation_of_another_form_is_refused(key: str, value: object, tmp_path: Path) -> None:
     evaluated(tmp_path, {"step": 2, "parameters_crc32": 7})
     stored = Workdir(tmp_path).read(EVALUATION)

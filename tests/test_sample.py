@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import made_up
 import numpy as np
 import pytest
 import runs
@@ -20,7 +21,6 @@ from sbml import samplers
 from sbml.core import bits
 from sbml.core.files import read_json, read_npz
 from sbml.program.config import build, objective
-from sbml.program.config.sampling import Sampling
 from sbml.program.config.trained import Trained
 from sbml.program.evaluation import samples
 from sbml.program.modes import sample
@@ -127,6 +127,11 @@ def test_samples_that_are_not_finite_are_counted(
     )
     drawn = samples.stored(of(experiment, trained / "broken", broken), Preemption())
     assert drawn.failed.all() and f"{count} of {count} samples are not finite" in caplog.text
+
+
+def test_a_gap_is_said_in_bits_per_dimension() -> None:
+    found = -made_up.MadeUp(2, 1, lambda ids, *_: 8 * ids - 12.0).estimate()
+    assert samples.from_model(found, (2, 4)).startswith(f"{8 / (8 * np.log(2)):.4f} +- ")
 
 
 @pytest.mark.slow
@@ -242,46 +247,6 @@ def test_a_strip_goes_with_its_samples(trained: Path, caplog: pytest.LogCaptureF
     runs.mode(sample.run, config, trained)
     assert not (trained / "samples_strip.png").exists() and (trained / "samples.png").exists()
     assert "--config.sampling.smallest_time=" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("sampler", "fields", "message"),
-    [
-        ({"name": "heun"}, {}, "sampling.sampler.name=heun: need one of ancestral, ddim"),
-        ({"name": "ode", "spacing": "time"}, {}, "config.sampling.sampler has no field spacing: "),
-        ({"name": "ode", "steps": 20}, {}, "config.sampling.sampler has no field steps: it has na"),
-        ({"name": "ancestral", "eta": 0.5}, {}, "no field eta: it has name, spacing, steps"),
-        ({"name": "ddim", "eta": 1.1}, {}, "config.sampling.sampler: eta is 1.1"),
-        ({"name": "ddim", "steps": 0}, {}, "config.sampling.sampler: steps is 0"),
-        ({"name": "ddim", "steps": 2.5}, {}, "sampling.sampler.steps=2.5: need an integer above"),
-        ({"name": "ddim", "spacing": "even"}, {}, "config.sampling.sampler: spacing is 'even'"),
-        ({}, {"corrector": {"name": "mala"}}, "sampling.corrector.name=mala: need one of"),
-        ({}, {"corrector": {"snr": 0.2}}, "config.sampling.corrector has no field snr: it has n"),
-        (
-            {"name": "ddim"},
-            {"corrector": {"name": "langevin", "snr": 0.0}},
-            "config.sampling.corrector: snr is 0.0",
-        ),
-        (
-            {"name": "ode"},
-            {"corrector": {"name": "langevin"}},
-            "sampling.corrector.name=langevin: the sampler ode has no corrector: leave it out",
-        ),
-        (
-            {"name": "ddim"},
-            {"solver": {"fixed_steps": 9}},
-            "sampling.solver.fixed_steps=9: the sampler ddim has no solver: leave it out",
-        ),
-        ({}, {"frames": -1}, "sampling.frames=-1: need an integer of at least 0"),
-        ({}, {"num_images": 0}, "sampling.num_images=0: need an integer of at least 1"),
-    ],
-)
-@pytest.mark.usefixtures("unchecked")
-def test_errors_name_the_wrong_choices(
-    sampler: dict[str, object], fields: dict[str, object], message: str
-) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Sampling(sampler=sampler, **fields)
 
 
 @pytest.mark.slow

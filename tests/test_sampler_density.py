@@ -1,6 +1,7 @@
 """The densities of samplers against closed forms, quadrature and NumPy."""
 
 import dataclasses
+import functools
 import math
 import warnings
 from typing import Any
@@ -12,7 +13,11 @@ import pytest
 from scipy import stats
 
 import sbml
+from sbml.core import bits
 from sbml.core.types import Array, conditioned
+from sbml.density.density import _walk
+from sbml.density.estimate import Estimate
+from sbml.density.posterior import Importance
 from sbml.likelihood.ode import Solver
 from sbml.samplers import (
     DDIM,
@@ -27,14 +32,26 @@ from sbml.samplers import (
     Path,
     ReverseDiffusion,
     Transition,
+    denoise,
 )
+from sbml.samplers.density import MapLogProb, check_folds
 from sbml.score import from_prediction
 from sbml.score.divergence import Trace
-from sbml.sdes import SDE, SDES, VP
+from sbml.sdes import SDE, SDES, VP, RectifiedFlow
+from sbml.statistics.intervals import mean_interval
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 EPS, KEY = 1e-3, jax.random.key(0)
+
+
+class Half(RectifiedFlow):
+    """It ends at t = 1/2, from where the stretch S = 2 leads to T."""
+
+    largest_time = 0.5
+
+
+FAMILIES = {**SDES, "half": Half}
 
 
 def gaussian(sde: SDE, mean: Array, variances: Array) -> Any:
@@ -118,7 +135,7 @@ KERNELS = {
 
 
 def check_map(name: str, family: str, d: int, n: int) -> None:
-    sde, sampler, rng = SDES[family](), MAPS[name](n), np.random.default_rng(d)
+    sde, sampler, rng = FAMILIES[family](), MAPS[name](n), np.random.default_rng(d)
     mean, variances = rng.normal(size=d), rng.uniform(0.1, 2.0, d)
     for dtype, atol in ((jnp.float64, 1e-5), (jnp.float32, 1e-3)):
         score = gaussian(sde, jnp.asarray(mean, dtype), jnp.asarray(variances, dtype))
@@ -143,19 +160,47 @@ def check_map(name: str, family: str, d: int, n: int) -> None:
 
 @pytest.mark.parametrize("name", ["ddim", pytest.param("midpoint", marks=pytest.mark.slow)])
 def test_samples_have_the_density_of_the_affine_map(name: str) -> None:
-    check_map(name, "vp", d=3, n=5)
+    check_map(name, "half", d=3, n=5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["vp", "subvp", "ve", "edm"])
 @pytest.mark.parametrize("name", MAPS)
 def test_samples_have_the_density_of_the_affine_map_for_every_sde(name: str, family: str) -> None:
-    sizes = ((1, 1), (16, 2), (2, 50), (64, 10)) if family == "vp" else ((2, 5),)
+    sizes = ((1, 1), (3, 5), (16, 2), (2, 50), (64, 10)) if family == "vp" else ((2, 5),)
     for d, n in sizes:
         check_map(name, family, d, n)
 
 
-CASES = [(name, "vp") for name in KERNELS] + [("ancestral", "ve"), ("ddim", "edm")]
+@pytest.mark.parametrize("name", ["ddim", "euler_maruyama"])
+def test_samples_of_any_sampler_have_the_moments_of_its_affine_steps(name: str) -> None:
+    """Those with a density are the ones that come with it; integers are rounded from E[x_0 | x]."""
+    sampler, mean, variances = KERNELS[name](5), np.array([0.3, -0.2]), np.array([0.1, 0.5])
+    score, n = gaussian(VP(), mean, variances), 4000
+    d = sbml.Density(score, VP(), (2,), eps=EPS, batch_size=n)
+    x = np.asarray(d.sample(KEY, n, sampler=sampler))
+    exact, times = Reference(VP(), score), np.asarray(sampler.times(VP(), EPS))
+    moved, spread = np.stack([np.zeros(2), np.ones(2)]), np.zeros(2)
+    for s, t in zip(times[:-1], times[1:], strict=True):
+        before = moved[1] - moved[0]
+        moved, noise = exact.transition(sampler, moved, float(s), float(t))
+        spread = ((moved[1] - moved[0]) / before) ** 2 * spread + noise**2
+    std = np.sqrt((moved[1] - moved[0]) ** 2 + spread)
+    for i in range(2):
+        assert stats.kstest((x[:, i] - moved[0, i]) / std[i], "norm").pvalue > 1e-3
+    integers = sbml.Density(score, VP(), (2,), 16, EPS, batch_size=n).sample(
+        KEY, 9, sampler=sampler
+    )
+    x_0 = jax.vmap(lambda x: denoise(score, VP(), x, jnp.asarray(EPS)))(x[:9])
+    np.testing.assert_array_equal(integers, bits.to_pixels(x_0, 16))
+    same = DDIM(5)
+    np.testing.assert_allclose(
+        d.sample(KEY, 5, sampler=same), d.sample_and_log_prob(KEY, 5, sampler=same)[0], atol=1e-12
+    )
+
+
+CASES = [("euler_maruyama", "half"), ("ancestral", "ve"), ("ddim", "edm"), ("ddim", "half")]
+CASES += [(name, "vp") for name in KERNELS]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +208,7 @@ CASES = [(name, "vp") for name in KERNELS] + [("ancestral", "ve"), ("ddim", "edm
     CASES[:1] + [pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:]],
 )
 def test_paths_have_the_densities_of_their_normal_steps(name: str, family: str) -> None:
-    sde, sampler = SDES[family](), KERNELS[name](4)
+    sde, sampler = FAMILIES[family](), KERNELS[name](4)
     mean, variances = jnp.asarray([0.3, -0.2]), jnp.asarray([0.5, 0.1])
     score = gaussian(sde, mean, variances)
     z, key = jnp.asarray([0.4, -1.2]) * sde.prior_std, jax.random.key(1)
@@ -249,6 +294,76 @@ def test_a_target_that_the_sampler_covers_is_not_marked() -> None:
     assert abs(found.log_z.mean - truth) < 1.5 * found.log_z.ci95
 
 
+def test_walks_adapt_their_step_to_a_narrow_target() -> None:
+    """Without it, the squared radii of these ends are 1.6 times as large as those of the target."""
+    x = jax.random.normal(KEY, (500, 16))
+    walks = functools.partial(_walk, lambda x: -jnp.sum(x**2) / (2 * 0.5**2), jnp.full(16, 0.6))
+    y, u = jax.jit(jax.vmap(walks))((x, jax.random.split(KEY, len(x))))
+    np.testing.assert_allclose(u, -jnp.sum(y**2, axis=1) / 0.5, rtol=1e-12)
+    assert 1.1 < float(jnp.mean(y**2)) / 0.5**2 < 1.35
+
+
+def test_a_quarter_of_the_error_bar_may_be_missing() -> None:
+    for spread, share, marked in (
+        (0.5, 0.2, False),
+        (0.5, 0.3, True),
+        (0.5, math.nan, True),
+        (1e-5, 10.0, False),  # No digit that is printed is wrong.
+        (1e-5, 1000.0, True),
+    ):
+        weights = np.random.default_rng(0).normal(0, spread, 200)
+        found = Importance.of(np.zeros((200, 1)), weights, np.zeros(2), weights[:9])
+        changed = dataclasses.replace(found, missing=share * found.log_z.ci95)
+        assert changed.heavy_tailed == ("HEAVY TAILS" in str(changed)) == marked
+
+
+def test_a_control_shortens_the_interval_of_a_small_gap(monkeypatch: Any) -> None:
+    """DDIM makes N(0, v I) of the model N(0, I), whose log p is known without an ODE."""
+    d, sampler = sbml.Density(lambda x, t, key: -x, VP(), (2,), eps=EPS), DDIM(80)
+
+    def logp(self: Any, x: np.ndarray, condition: Any) -> Estimate:
+        found = stats.norm.logpdf(x).sum(axis=1)
+        interval = mean_interval(found)
+        return Estimate(found, {"": found}, "nats", EPS, np.zeros(len(x)), interval, interval)
+
+    monkeypatch.setattr(sbml.Density, "logp", logp)
+    found = d.gap(KEY, 256, sampler=sampler)
+    at = sampler.logp(d.score, VP(), jnp.zeros(2), eps=EPS).logp
+    v, plain = math.exp(-float(at)) / (2 * math.pi), mean_interval(found.values)
+    assert abs(found.mean - (v - 1 - math.log(v))) < 1.5 * found.population.ci95
+    assert found.population.ci95 < 0.3 * plain.ci95
+    np.testing.assert_allclose(found.values, sum(found.terms.values()), atol=1e-9)
+    # The control of N(0, .6^2) for N(0, 1) has a heavy tail, and that of a NaN is not known.
+    x = 0.6 * np.random.default_rng(0).normal(size=256)
+    heavy = stats.norm.logpdf(x, scale=0.6) - stats.norm.logpdf(x)
+    for values in (heavy, np.append(found.values[1:], np.nan)):
+        given = dataclasses.replace(found, values=values, population=mean_interval(values))
+        assert given.with_control(np.expm1(-values)) is given
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_gap_is_that_to_the_ode_of_the_same_condition_without_noise() -> None:
+    """Two conditions differ by 4 nats, and the noise of a probe has the standard deviation 1."""
+    sde, sampler, c = VP(), DDIM(6), 3.0
+
+    def score(x: Array, t: Array, key: Any, c: Array) -> Array:
+        a = sde.mean_coef(t)
+        return (a * c - x) / (0.25 * a**2 + sde.std(t) ** 2)
+
+    how = {"eps": EPS, "batch_size": 64, "subset": 64, "trace": Trace("gaussian", 1)}
+    d = sbml.Density(score, sde, (1,), **how)
+    found = d.gap(KEY, 64, c, sampler=sampler)
+    exact = Reference(sde, lambda x, t, key: score(x, t, key, c))
+    ends = np.array([[0.0], [1.0]])
+    times = np.asarray(sampler.times(sde, EPS))
+    for s, t in zip(times[:-1], times[1:], strict=True):
+        ends, _ = exact.transition(sampler, ends, float(s), float(t))
+    (m,), (v,), (a, s, _) = ends[0], (ends[1] - ends[0]) ** 2, exact.at(EPS)
+    of_model = 0.25 * a**2 + s**2
+    kl = 0.5 * (v / of_model + (m - a * c) ** 2 / of_model - 1 - np.log(v / of_model))
+    assert abs(found.mean - kl) < 1.5 * found.population.ci95 + 0.01 < 0.2
+
+
 @pytest.mark.slow
 def test_the_gap_is_the_kl_of_two_gaussians() -> None:
     mean, variances = jnp.asarray([0.3, -0.2]), jnp.asarray([0.5, 0.1])
@@ -308,15 +423,18 @@ def test_the_policy_gradient_is_that_of_the_expected_reward(seed: int) -> None:
     assert float(gradient(theta)) == pytest.approx(float(jax.grad(mean)(theta)), rel=0.02)
 
 
+class Exponential:
+    """y = exp(x)."""
+
+    def forward(self, x: Array) -> Array:
+        return jnp.exp(x)
+
+    def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
+        return jnp.log(y), -jnp.log(y)
+
+
 @pytest.mark.slow
 def test_changes_of_variables_of_samples_and_paths() -> None:
-    class Exponential:
-        def forward(self, x: Array) -> Array:
-            return jnp.exp(x)
-
-        def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
-            return jnp.log(y), -jnp.log(y)
-
     plain, moved, key = of_mixture(), of_mixture(transform=Exponential()), jax.random.key(0)
     (x, logp), (y, of_y) = (d.sample_and_log_prob(key, 4, sampler=DDIM(5)) for d in (plain, moved))
     np.testing.assert_allclose(y, jnp.exp(x))
@@ -326,14 +444,18 @@ def test_changes_of_variables_of_samples_and_paths() -> None:
     np.testing.assert_allclose(moved.path_log_prob(path).total, expected)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_paths_along_any_leading_axes() -> None:
-    d = sbml.Density(lambda x, t, key: -x, VP(), (2,))
-    path, drawn = d.sample_path(KEY, 6, sampler=Ancestral(3))
+    """Given a condition, with a change of variables, and an eps that is not the smallest time."""
+    how = {"eps": EPS, "transform": Exponential()}
+    d = sbml.Density(lambda x, t, key, c: c - x, VP(), (2,), **how)
+    path, drawn = d.sample_path(KEY, 6, 2.0, sampler=Ancestral(3))
     for batch in ((), (2, 3)):
         several = jax.tree.map(lambda a, b=batch: a[: math.prod(b)].reshape(*b, *a.shape[1:]), path)
-        found = d.path_log_prob(several)
+        found = d.path_log_prob(several, 2.0)
         assert found.steps.shape == (*batch, 3)
         np.testing.assert_allclose(found.total.ravel(), drawn.total[: found.total.size], rtol=1e-12)
+        np.testing.assert_allclose(found.transform, -several.x[..., -1, :].sum(axis=-1))
 
 
 def test_a_number_of_jax_is_a_number_of_a_sampler() -> None:
@@ -348,7 +470,8 @@ class Quiet(DDIM):
         return Transition(mean, jnp.where(t == EPS, 0.0, std))
 
 
-EULER = ODE(Solver("euler", fixed_steps=1))
+EULER, TWO = (ODE(Solver("euler", fixed_steps=n)) for n in (1, 2))
+FOLD = lambda x, t, key: jnp.where(t > 0.5, -50 * jnp.tanh(3 * x), -x)  # noqa: E731
 
 
 def euler(score: Any) -> sbml.Density:
@@ -377,6 +500,51 @@ def test_a_step_that_turns_and_is_not_affine_may_fold() -> None:
         euler(lambda x: -50 * x - jnp.tanh(x)).sample_and_log_prob(KEY, 5, sampler=EULER)
 
 
+@pytest.mark.parametrize("make", [lambda: DDIM(4), lambda: ODE(Solver("euler", fixed_steps=4))])
+def test_no_affine_chain_folds(make: Any) -> None:
+    """80 scores A x + b each, whose steps turn, mirror and stretch."""
+    rng, sampler = np.random.default_rng(0), make()
+    a, b = rng.normal(size=(80, 3, 3)) * rng.choice([1, 10, 50], (80, 1, 1)), rng.normal(size=3)
+
+    @jax.jit
+    @jax.vmap
+    def drawn(a: Array) -> Any:
+        def one(z: Array) -> Any:
+            return sampler.sample_logp(lambda x, t, key: a @ x + b, VP(), z, eps=EPS)[1]
+
+        return jax.vmap(one)(jax.random.normal(KEY, (4, 3)))
+
+    found = drawn(jnp.asarray(a))
+    assert (found.signs < 0).any() and not found.positive.all()
+    with warnings.catch_warnings(action="error"):
+        for i in range(80):
+            check_folds(sampler, jax.tree.map(lambda leaf, i=i: leaf[i], found))
+
+
+def of_steps(signs: Any, positive: Any, forms: Any) -> MapLogProb:
+    """The densities of 4 samples of 3 steps, whose second step has these numbers."""
+    one = np.ones((4, 3))
+    columns = (np.stack([one[:, 0], column, one[:, 0]], 1) for column in (signs, positive, forms))
+    signs, positive, forms = columns
+    zero = jnp.zeros(4)
+    return MapLogProb(zero, zero, jnp.asarray(signs), jnp.asarray(positive > 0), jnp.asarray(forms))
+
+
+def test_one_negative_determinant_folds_and_only_negative_ones_may_fold() -> None:
+    mixed, bent = of_steps([1, -1, 1, 1], [1, 0, 1, 1], [1, 2, 3, 4]), [1.0, 2.0, 3.0, 4.0]
+    with pytest.raises(ValueError, match="step 2 of 3 .*positive at 3 samples, negative at 1"):
+        check_folds(EULER, mixed)
+    with pytest.raises(ValueError, match="positive at 3 samples, negative at 0, and 0 or not .*1;"):
+        check_folds(EULER, of_steps([1, 0, 1, 1], [1, 0, 1, 1], bent))
+    with pytest.warns(UserWarning, match="step 2 of 3 of ODE may fold space.* at 4 of 4 samples"):
+        check_folds(EULER, of_steps([-1] * 4, [0] * 4, bent))
+    single = jax.tree.map(lambda leaf: leaf[1:2], mixed)  # Alone it shows neither a fold nor none.
+    with pytest.warns(UserWarning, match="step 2 of 3 of ODE may fold space.* at 1 of 1 samples"):
+        check_folds(EULER, single)
+    with warnings.catch_warnings(action="error"):  # It is affine.
+        check_folds(EULER, of_steps([-1] * 4, [0] * 4, [-2] * 4))
+
+
 def path_of(d: sbml.Density) -> Path:
     return d.sample_path(KEY, 2, sampler=Ancestral(3))[0]
 
@@ -392,61 +560,60 @@ class Own(FixedSteps):
         return x, carry
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda d: d.sample_and_log_prob(KEY, 2, sampler=Ancestral(3)), "is not a chain of fixed"),
-        (lambda d: d.sample_and_log_prob(KEY, 2, sampler=ODE()), "is not a chain of fixed steps"),
-        (
-            lambda d: d.sample_and_log_prob(KEY, 2, sampler=DPMSolver(3)),
-            "DPMSolver has no density.*remembers",
+WITHOUT_DENSITY = [
+    (lambda d: d.sample_and_log_prob(KEY, 2, sampler=Ancestral(3)), "is not a chain of fixed"),
+    (lambda d: d.sample_and_log_prob(KEY, 2, sampler=ODE()), "is not a chain of fixed steps"),
+    (
+        lambda d: d.sample_and_log_prob(KEY, 2, sampler=DPMSolver(3)),
+        "DPMSolver has no density.*remembers",
+    ),
+    (lambda d: d.sample_path(KEY, 2, sampler=DDIM(3)), "the variance of its steps is 0"),
+    (lambda d: d.sample_path(KEY, 2, sampler=Own(3)), "Own has no density.*transition"),
+    (
+        lambda d: d.sample_path(KEY, 2, sampler=Ancestral(3, corrector=Langevin())),
+        "corrector=Langevin.*has no density",
+    ),
+    (
+        lambda d: sbml.Density(d.score, VP(), (101,)).sample_and_log_prob(KEY, 2, sampler=DDIM(3)),
+        "101 dimensions with a sampler.*as much as 102.*max_dims=101",
+    ),
+    (
+        lambda d: d.importance(KEY, 2, jnp.sum, sampler=DDIM(3), max_dims=1),
+        "2 dimensions with a sampler.*max_dims=2",
+    ),
+    (lambda d: d.sample_path(KEY, 2, sampler=DDIM(3, eta=1e-30)), "step 1 of 3.*has no noise"),
+    (lambda d: d.sample_path(KEY, 2, sampler=Quiet(3, eta=1.0)), "step 3 of 3.*has no noise"),
+    (lambda d: dataclasses.replace(d, eps=1e-4).path_log_prob(path_of(d)), "path.times are not"),
+    (
+        lambda d: dataclasses.replace(d, shape=(3,)).path_log_prob(path_of(d)),
+        r"path.x has shape \(2, 4, 2\).*give \(..., 4, 3,\)",
+    ),
+    (lambda d: half(d).path_log_prob(path_of(d)), "the score computes in bfloat16"),
+    (lambda d: half(d).sample_path(KEY, 2, sampler=Ancestral(3)), "computes in bfloat16"),
+    (
+        lambda d: Ancestral(4).path_log_prob(
+            d.score, VP(), Ancestral(3).sample_path(d.score, VP(), jnp.ones(2), KEY, eps=EPS)[0]
         ),
-        (lambda d: d.sample_path(KEY, 2, sampler=DDIM(3)), "the variance of its steps is 0"),
-        (lambda d: d.sample_path(KEY, 2, sampler=Own(3)), "Own has no density.*transition"),
-        (
-            lambda d: d.sample_path(KEY, 2, sampler=Ancestral(3, corrector=Langevin())),
-            "corrector=Langevin.*has no density",
+        r"path of Ancestral\(steps=3",
+    ),
+    (
+        lambda d: euler(lambda x: -50 * jnp.tanh(3 * x)).sample_and_log_prob(
+            KEY, 20, sampler=EULER
         ),
-        (
-            lambda d: sbml.Density(d.score, VP(), (101,)).sample_and_log_prob(
-                KEY, 2, sampler=DDIM(3)
-            ),
-            "101 dimensions with a sampler.*as much as 102.*max_dims=101",
-        ),
-        (
-            lambda d: d.importance(KEY, 2, jnp.sum, sampler=DDIM(3), max_dims=1),
-            "2 dimensions with a sampler.*max_dims=2",
-        ),
-        (lambda d: d.sample_path(KEY, 2, sampler=DDIM(3, eta=1e-30)), "step 1 of 3.*has no noise"),
-        (lambda d: d.sample_path(KEY, 2, sampler=Quiet(3, eta=1.0)), "step 3 of 3.*has no noise"),
-        (
-            lambda d: dataclasses.replace(d, eps=1e-4).path_log_prob(path_of(d)),
-            "path.times are not",
-        ),
-        (
-            lambda d: dataclasses.replace(d, shape=(3,)).path_log_prob(path_of(d)),
-            r"path.x has shape \(2, 4, 2\).*give \(..., 4, 3,\)",
-        ),
-        (lambda d: half(d).path_log_prob(path_of(d)), "the score computes in bfloat16"),
-        (lambda d: half(d).sample_path(KEY, 2, sampler=Ancestral(3)), "computes in bfloat16"),
-        (
-            lambda d: Ancestral(4).path_log_prob(
-                d.score, VP(), Ancestral(3).sample_path(d.score, VP(), jnp.ones(2), KEY, eps=EPS)[0]
-            ),
-            r"path of Ancestral\(steps=3",
-        ),
-        (
-            lambda d: euler(lambda x: -50 * jnp.tanh(3 * x)).sample_and_log_prob(
-                KEY, 20, sampler=EULER
-            ),
-            "density of 20 samples is not known: step 1 of 1 of ODE folds space",
-        ),
-        (
-            lambda d: euler(lambda x: x[::-1] * jnp.inf).sample_and_log_prob(KEY, 2, sampler=EULER),
-            "or is not finite.*0 or not finite at 2",
-        ),
-    ],
-)
+        "density of 20 samples is not known: step 1 of 1 of ODE folds space",
+    ),
+    (
+        lambda d: sbml.Density(FOLD, VP(), (2,)).sample_and_log_prob(KEY, 20, sampler=TWO),
+        "density of 20 samples is not known: step 1 of 2 of ODE folds space",
+    ),
+    (
+        lambda d: euler(lambda x: x[::-1] * jnp.inf).sample_and_log_prob(KEY, 2, sampler=EULER),
+        "or is not finite.*0 or not finite at 2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WITHOUT_DENSITY)
 @pytest.mark.usefixtures("unchecked")
 def test_samplers_without_a_density_are_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

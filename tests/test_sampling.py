@@ -75,13 +75,3 @@ def test_the_last_denoising_step_is_the_posterior_mean_at_eps() -> None:
     plain = data.flow(z, jnp.asarray(1.0), jnp.asarray(eps))
     np.testing.assert_allclose(last, data.posterior_mean(plain, jnp.asarray(eps)), atol=1e-6)
     assert np.abs(last - plain).max() > 1e-4
-
-
-@pytest.mark.parametrize("eps", [0.0, -1.0, 1.0, 2.0, float("nan")])
-def test_impossible_smallest_times_are_refused(eps: float) -> None:
-    sde = SDES["vp"]()
-    score = oracle.gaussian(sde).score
-    with pytest.raises(ValueError, match="smallest time eps="):
-        decode(score, sde, jnp.asarray(X[0]), eps=eps)
-    with pytest.raises(ValueError, match="smallest time eps="):
-        ode_sample(score, sde, SHAPE, jax.random.key(0), eps=eps)

@@ -1,7 +1,6 @@
 """SDEs with any functions alpha and sigma: where their ODE ends, and which of them are refused."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,27 +100,6 @@ def test_a_coefficient_may_be_a_constant() -> None:
     t = jnp.asarray([0.1, 0.5])
     np.testing.assert_allclose(Constant().log_snr(t), LinearVE(10.0).log_snr(t), rtol=1e-12)
     np.testing.assert_array_equal(Constant().mean_coef(t), np.ones(2))
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_a_coefficient_has_one_number_for_each_time() -> None:
-    pair = Schedule(lambda t: jnp.ones(2), lambda t: t * jnp.ones(2))
-    with pytest.raises(ValueError, match=r"Schedule.mean_coef returned .* of shape \(2,\) for t"):
-        pair.log_snr(jnp.asarray(0.5))
-
-
-@pytest.mark.parametrize("wrong", [None, "1", {}])
-@pytest.mark.usefixtures("unchecked")
-def test_a_coefficient_is_a_number(wrong: Any) -> None:
-    class Wrong(SDE):
-        def mean_coef(self, t: Array) -> Array:
-            return 1 - t
-
-        def std(self, t: Array) -> Any:
-            return wrong
-
-    with pytest.raises(ValueError, match=rf"Wrong.std returned {wrong!r} \(.*one number for each"):
-        sbml.Density(lambda x, t, key: -x, Wrong(), (3,))
 
 
 def test_a_smallest_time_at_which_sigma_rounds_to_zero_is_refused() -> None:

@@ -234,20 +234,3 @@ def test_a_schedule_that_is_not_learned_is_no_parameter():
     init = experiment.adapter.init
     params = jax.eval_shape(lambda key: init(key, experiment.shape), jax.random.key(0))
     assert "sde" not in params and experiment.with_learned_schedule(params) is experiment
-
-
-@pytest.mark.parametrize(
-    ("section", "field", "value", "message"),
-    [
-        ("data", "dequantization", "uniform", "set --config.data.dequantization=centre"),
-        ("training", "likelihood_weighting", False, "no bound; set --config.training.likelihood_w"),
-        ("sde", "name", "rectified_flow", "sde.name=rectified_flow: it has no numbers to learn"),
-    ],
-)
-def test_settings_with_which_a_schedule_cannot_be_learned_are_refused(
-    section, field, value, message
-):
-    config = learned()
-    config[section][field] = value
-    with pytest.raises(ValueError, match=message):
-        build.Experiment(config)

@@ -132,7 +132,7 @@ def test_edm_runs_from_its_least_to_its_largest_noise() -> None:
     sde = EDM(sigma_min=0.01, sigma_max=50.0)
     assert float(sde.std(jnp.asarray(sde.smallest_time))) == pytest.approx(0.01)
     assert float(sde.std(jnp.asarray(1.0))) == sde.prior_std == 50.0
-    with pytest.raises(ValueError, match="sigma_min=2.0, sigma_max=1.0: need"):
+    with pytest.raises(ValueError, match="sigma_min=2.0, sigma_max=1.0: give"):
         EDM(sigma_min=2.0, sigma_max=1.0)
 
 
@@ -302,22 +302,6 @@ def test_the_table_of_ddpm_is_near_its_limit() -> None:
         return TABLE.log_snr(t) - VP().log_snr((TABLE.step(t) + 1) / 1000)
 
     assert 1e-3 < np.abs(difference(np.linspace(0.05, 1, 50))).max() < 0.2
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ([0.9], "two or more"),
-        ([0.9, 0.5, 0.0], "leave it out"),
-        ([1.0, 0.5], r"numbers in \(0, 1\)"),
-        ([0.9, math.nan], r"numbers in \(0, 1\)"),
-        ([0.9999, 0.99, 0.98], "the last of alpha_bars is 0.98.*cumulative product"),
-        ([0.9, 0.5, 0.5], r"alpha_bars\[1\]=0.5, alpha_bars\[2\]=0.5: need decreasing"),
-    ],
-)
-def test_invalid_tables_are_refused(values: list[float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        AlphaBarTable(values)
 
 
 def test_a_table_is_printed_without_its_levels() -> None:

@@ -1,6 +1,8 @@
 """--mode=table against densities in closed form, and tables that must be refused."""
 
+import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -271,6 +273,11 @@ REFUSED = {
     "no rows": ({"u": []}, {}, "has 0 rows"),
     "no names": ({"1.5": GOOD["u"], "2.5": GOOD["v"]}, {}, "column 1 has the name '1.5'"),
     "an index": ({"": GOOD["u"], "v": GOOD["v"]}, {}, "column 1 has the name ''"),
+    "a name of two lines": (
+        {'"u\nw"': GOOD["u"], "v": GOOD["v"]},
+        {},
+        r"column 1 has the name 'u\\nw'",
+    ),
     "semicolons": ({"u;v": [f"{u};1" for u in GOOD["u"]]}, {}, "separated by commas"),
     "tabs": ({"u\tv": [f"{u}\t1" for u in GOOD["u"]]}, {}, "separated by commas, not tabs"),
     "an underscore": (changed(6, "1_000"), {}, "column v, row 6: '1_000'"),
@@ -342,13 +349,41 @@ def test_the_shrinkage_is_the_best_one_of_a_cross_validation() -> None:
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
     for name in ("a.csv", "a.parquet", "a.npz", "a.xlsx"):
         (tmp_path / name).write_bytes(b"\x00\xff,\n1\n")
+    text = csv(tmp_path / "good.csv", GOOD).read_text()
+    for name, content in {
+        "gzip.csv": gzip.compress(text.encode()),
+        "a.csv.gz": gzip.compress(text.encode()),
+        "utf16.csv": text.encode("utf-16"),
+        "utf16be.csv": text.encode("utf-16-be"),
+        "latin1.csv": text.replace("u,v", "ü,v").encode("latin-1"),
+        "latin1 below.csv": (text + "é,1\n").encode("latin-1"),
+        "comment.csv": b"# of 2026\n" + text.encode(),
+        "comment as wide.csv": b"# of May, 2026\n" + text.encode(),
+        "comment below.csv": text.encode() + b"# the end\n",
+        "ragged.csv": text.encode() + b"1,2,3\n",
+        "empty.csv": b"",
+    }.items():
+        (tmp_path / name).write_bytes(content)
     (tmp_path / "folder.csv").mkdir()
+    os.mkfifo(tmp_path / "pipe.csv")
     np.savez(tmp_path / "b.npz", u=np.zeros(3), v=np.zeros(4))
     np.savez(tmp_path / "c.npz", u=np.array([{}, {}]))
     np.savez(tmp_path / "d.npz", u=1.0, v=2.0)
     for name, message in {
-        "a.csv": "cannot be read.*: give plain text in UTF-8, not compressed",
+        "a.csv": "not text in UTF-8, but perhaps in UTF-16: convert it, as by iconv",
+        "gzip.csv": "gzip.csv: it is compressed by gzip: unpack it, as by gunzip",
+        "a.csv.gz": "a.csv.gz: it is compressed by gzip: unpack it, as by gunzip",
+        "utf16.csv": "perhaps in UTF-16: convert it, as by iconv -f UTF-16",
+        "utf16be.csv": "perhaps in UTF-16: convert it, as by iconv -f UTF-16",
+        "latin1.csv": "line 1 is not .* perhaps in Latin-1: convert .* iconv -f LATIN1",
+        "latin1 below.csv": f"line {N + 2} is not .* perhaps in Latin-1",
+        "comment.csv": "line 1 begins with #: remove lines of comments",
+        "comment as wide.csv": "line 1 begins with #: remove lines of comments",
+        "comment below.csv": f"line {N + 2} begins with #: remove lines of comments",
+        "ragged.csv": "cannot be read: .*got 3: 1,2,3: give lines with one value for each name",
+        "empty.csv": "cannot be read: .*: give lines with one value for each name",
         "folder.csv": "no file of data, but a folder",
+        "pipe.csv": "no file of data, but a folder or a pipe",
         "a.parquet": "cannot be read",
         "a.npz": "cannot be read",
         "b.npz": r"u \(3,\), v \(4,\): give one array",

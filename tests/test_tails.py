@@ -110,14 +110,14 @@ def importance(rng, n, d, std):
 def test_unmarked_intervals_of_log_z_contain_it_and_bounded_weights_are_not_marked():
     """A proposal that is too narrow: the smaller its largest weight, the more is missing."""
     rng, unmarked = np.random.default_rng(0), []
-    for std, d in [(1.6, 1), (2.0, 1), (3.0, 1), (2**0.5, 16)]:
+    for std, d in [(1.6, 1), (2.0, 1), (3.0, 1), (2**0.5, 16), (1.2, 1)]:
         found = [importance(rng, n, d, std) for n in (50, 200) for _ in range(40)]
         covered = np.array([abs(f.log_z.mean) < f.log_z.ci95 for f in found])
         kept = np.array([not f.heavy_tailed for f in found])
         unmarked.extend(covered[kept])
         assert any("of Z lies in weights above those of all samples" in str(f) for f in found)
-        assert covered.mean() < 0.85 and not covered[~kept].all()
-    assert np.mean(unmarked) > 0.85 and len(unmarked) > 40
+        assert covered.mean() < (0.85 if std > 1.2 else 0.9) and not covered[~kept].all()
+    assert np.mean(unmarked) > 0.9 and len(unmarked) > 40
     for std in (0.3, 0.5, 0.8, 1.0):
         found = [importance(rng, n, 1, std) for n in (50, 200) for _ in range(20)]
         assert np.mean([f.heavy_tailed for f in found]) <= 0.05

@@ -16,14 +16,11 @@ from sbml.sdes import SDE, SDES
 from sbml.sdes.times import (
     DRAWS,
     PROPOSALS,
-    Grid,
     Importance,
     Proposal,
     Velocity,
     iid,
     lattice,
-    tally,
-    warp,
 )
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -312,43 +309,3 @@ def test_lattice_reduces_the_variance_of_a_smooth_mean() -> None:
     rise = np.e - 1
     np.testing.assert_allclose(variance("lattice"), (rise / 35) ** 2 / 12, rtol=0.1)
     np.testing.assert_allclose(variance("iid"), ((np.e**2 - 1) / 2 - rise**2) / 35, rtol=0.2)
-
-
-@pytest.mark.parametrize("name", PROPOSALS)
-@pytest.mark.parametrize("eps", [0.0, -1e-5, 1.0, 2.0, float("nan")])
-def test_impossible_smallest_times_are_refused(name: str, eps: float) -> None:
-    with pytest.raises(ValueError, match="smallest time eps="):
-        PROPOSALS[name](SDES["vp"](), eps)
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    ("u", "message"),
-    [
-        ([0.5, 1.5], r"u is .* in \[0.5, 1.5\]: give .* in \[0, 1\]"),
-        ([-1e-9, 0.5], r"u is .* in \[-1e-09, 0.5\]"),
-        ([0.5, float("nan")], r"u is .* in \[nan, nan\]"),
-        ([5], "u is int"),
-    ],
-)
-def test_points_outside_the_unit_interval_are_refused(u: list[float], message: str) -> None:
-    """Without the check they would have weights as if they were inside, so the integral would be
-    wrong without an error."""
-    points, vp = jnp.asarray(u), SDES["vp"]()
-    for proposal in (*(kind(vp, EPS) for kind in PROPOSALS.values()), Grid(10)):
-        with pytest.raises(ValueError, match=message):
-            proposal.at(points)
-    with pytest.raises(ValueError, match=message):
-        warp(points, jnp.ones(4))
-    with pytest.raises(ValueError, match=message.replace("u", "v", 1)):
-        tally(jnp.zeros((2, 4)), points, jnp.ones(points.shape), 0.5)
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_shapes_that_would_broadcast_are_refused() -> None:
-    v = jnp.full((3,), 0.5)
-    for wrong, values in ((v[:, None], v[:, None]), (v, v[:, None]), (v, v[:1])):
-        with pytest.raises(ValueError, match=r"\b(v|values) is float"):
-            tally(jnp.zeros((2, 4)), wrong, values, 0.5)
-    with pytest.raises(ValueError, match=r"density is .* of shape \(2, 4\)"):
-        warp(v, jnp.ones((2, 4)))

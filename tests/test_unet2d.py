@@ -131,63 +131,6 @@ def test_fields_are_the_keys_of_a_config() -> None:
     assert unet2d.fields({}) == {}
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("_class_name", "UNet2DConditionModel", "_class_name is 'UNet2DConditionModel': give .*"),
-        ("out_channels", 6, "in_channels is 3 and out_channels is 6: .* without learned variances"),
-        ("num_class_embeds", 10, "num_class_embeds is 10: give a network without classes"),
-        ("class_embed_type", "timestep", "class_embed_type is 'timestep': give .* null"),
-        ("cross_attention_dim", 64, "cross_attention_dim is 64, but the known keys are block_out_"),
-        ("remat", True, "remat is True, but the known keys are"),
-        ("act_fn", "tanh", "act_fn is 'tanh':.* 'silu', 'swish', 'mish', 'gelu', 'relu'"),
-        ("act_fn", None, "act_fn is None"),
-        (
-            "up_block_types",
-            ["KUpBlock2D"],
-            r"up_block_types is \('KUpBlock2D',\).* 'SkipUpBlock2D'",
-        ),
-        ("down_block_types", [], r"down_block_types is \(\).* 'AttnSkipDownBlock2D'"),
-        ("time_embedding_type", "learned", "'learned'.*'positional', 'fourier'"),
-        ("resnet_time_scale_shift", "spatial", "'spatial'.*'default', 'scale_shift'"),
-        ("downsample_type", "fir", "downsample_type is 'fir':.* 'conv', 'resnet'"),
-        ("mid_block_type", "MidBlock", "'MidBlock'.*'UNetMidBlock2D', 'none'"),
-        ("downsample_padding", 2, r"downsample_padding is 2:.* in \[0, 1\]"),
-        ("block_out_channels", [3, 16], r"block_out_channels is \(3, 16\):.* first at least 4"),
-        (
-            "block_out_channels",
-            [8],
-            r"block_out_channels=\(8,\) \(1\), down_block.* one of each per level",
-        ),
-        ("norm_num_groups", None, "norm_num_groups=0 with .*give the number of groups"),
-        ("down_block_types", ["DownBlock2D", "SkipDownBlock2D"], "give the down blocks with Skip"),
-        ("up_block_types", ["SkipUpBlock2D", "UpBlock2D"], "and the up blocks with Skip after"),
-    ],
-)
-def test_configs_that_do_not_fit_are_errors(key: str, value: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        unet2d.fields({**reference.CONFIGS["attention"], key: value})
-
-
-@pytest.mark.parametrize(
-    ("options", "size", "message"),
-    [
-        ({}, 9, "images of 9x9 .* multiple of 2"),
-        ({"norm_num_groups": 3}, 8, "norm1 has 3 groups for 8 channels"),
-        ({"attention_head_dim": 3}, 8, "attention_head_dim=3: give a divisor of 16 channels"),
-        (
-            {"up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D")},
-            8,
-            "norm1 has 20 groups for 32 channels: choose .* multiples of 32 fit",
-        ),
-    ],
-)
-def test_sizes_that_do_not_fit_are_errors(options: dict[str, Any], size: int, message: str) -> None:
-    fields = unet2d.fields(reference.CONFIGS["attention"])
-    with pytest.raises(ValueError, match=message):
-        shapes(unet2d.Model(**fields | options), (1, size, size, 3))
-
-
 # ---- training -----------------------------------------------------------------------------------
 
 

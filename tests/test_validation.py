@@ -123,26 +123,3 @@ def test_the_report_draws_the_curve_and_names_its_least_point(trained):
     least = min(found, key=found.get)
     assert figure and f"The least is {found[least]:.4f} bits/dim, at step {least}" in str(figure)
     assert page.validation(metrics.read(trained)[:2]) is None
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        (
-            {"data.validation": 0.0},
-            "training.validate_every=4 with data.validation=0: no training images are held out; "
-            "set --config.data.validation=0.1 for a tenth",
-        ),
-        (
-            {"eval.estimators": ("ode",)},
-            "training.validate_every=4: the curve is that of a bound with a dequantizer that is "
-            "not trained; set --config.eval.estimators=ode,bound",
-        ),
-    ],
-)
-def test_a_config_without_a_curve_is_refused(changed, message, tmp_path):
-    config = config_of()
-    config.update_from_flattened_dict(changed)
-    experiment = build.Experiment(runs.checked(config))
-    with pytest.raises(ValueError, match=f"^{message}"):
-        train.check(experiment, tmp_path, ())

@@ -145,7 +145,7 @@ def test_time_zero_is_allowed_and_one_is_not() -> None:
     for eps in (-1e-9, 1.0, math.nan):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1.0\)"):
             sde.check_time(eps)
-    with pytest.raises(ValueError, match=r"gamma_0=5.0, gamma_1=-13.3: need"):
+    with pytest.raises(ValueError, match=r"gamma_0=5.0, gamma_1=-13.3: give"):
         sdes.LinearGamma(5.0, -13.3)
     assert hash(sde) == hash(sdes.LinearGamma())
 

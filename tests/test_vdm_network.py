@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,34 +61,6 @@ def test_group_norm_of_one_channel_erases_the_condition(groups: int, depends: bo
 def test_default_groups_leave_two_channels_each() -> None:
     result = [vdm.default_groups(width) for width in (4, 32, 48, 64, 80, 128, 256)]
     assert result == [2, 16, 24, 32, 20, 32, 32]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"width": 7}, "width is 7"),
-        ({"depth": -1}, "depth is -1"),
-        ({"depth": 501}, "depth is 501"),
-        ({"dropout": 1.0}, r"dropout is 1.0.*\[0, 1\)"),
-        ({"groups": 3}, "groups=3: give a divisor of width=128"),
-        ({"dtype": "float16"}, "dtype is 'float16'.*'float32', 'bfloat16', 'float64'"),
-        ({"fourier": (1.0, 0.0)}, r"fourier is \(1.0, 0.0\)"),
-    ],
-)
-def test_bad_options_are_errors(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        vdm.Model(**options)
-
-
-def test_bad_inputs_are_errors() -> None:
-    model = vdm.Model(width=8, depth=0)
-    with pytest.raises(ValueError, match=r"x is .* of shape \(2, 8, 8\)"):
-        shapes(model, (2, 8, 8))
-    x, one = normal(0, 2, 4, 4, 3), np.ones(1, np.float32)
-    with pytest.raises(ValueError, match=r"label is .* of shape \(1,\)"):
-        model.init(jax.random.key(0), x, one, train=False)
-    with pytest.raises(ValueError, match=r"condition is .* \(1,\): .*label has shape \(2,\)"):
-        model.init(jax.random.key(0), x, np.repeat(one, 2), train=False, condition=one)
 
 
 # ---- Fourier features ---------------------------------------------------------------------------

@@ -29,8 +29,6 @@ OF_ONE_SDE = {
     ways.class_rows: {
         *(f"{method}, class and transform, {kind}" for method in METHODS for kind in KINDS),
         "classify, prior 0.8 and 0.2",
-        "importance, log Z",
-        "importance, standard error of log Z, reported / true",
     },
     ways.steps_rows: {f"bound in steps, {label} reduction" for label in ("with", "without")},
     ways.draws_rows: {
@@ -44,7 +42,37 @@ OF_ONE_SDE = {
         "sample_and_log_prob by Euler's steps",
         "logp, solver's error, reported / true",
     },
-    ways.prior_rows: {"logp, error of the prior"},
+    ways.sampler_rows: {
+        "sample_and_log_prob, DDIM",
+        "path_log_prob",
+        "E[P'/P] of paths",
+        "gap",
+        "gap, coverage",
+        "gap, random probes",
+        "gap in bits/dim",
+    },
+    ways.weights_rows: {
+        *(
+            f"importance, {label}, {number}"
+            for label in ("ODE", "DDIM")
+            for number in (
+                "log Z",
+                "standard error of log Z, reported / true",
+                "sample size, reported / true",
+                "marked",
+            )
+        ),
+        "importance, wide, missing",
+        "importance, wide, marked",
+    },
+    ways.prior_rows: {
+        "logp, error of the prior",
+        "classify, error of the prior, reported / true",
+    },
+    ways.interval_rows: {
+        "difference of two means, coverage",
+        "paired difference, standard error, reported / true",
+    },
     ways.loss_rows: {"loss of training in units of its expectation"},
     ways.table_rows: {
         "table, log p of the rows",
@@ -66,7 +94,7 @@ EVERY |= {(each.estimator.name, "mistake") for each in mistakes.MISTAKES}
     [
         pytest.param(rows, id=rows.__name__, marks=() if quick else pytest.mark.slow)
         for rows in OF_ONE_SDE
-        for quick in [rows is ways.loss_rows]
+        for quick in [rows in (ways.loss_rows, ways.interval_rows)]
         if rows not in (ways.class_rows, ways.draws_rows)
     ],
 )

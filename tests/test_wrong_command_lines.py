@@ -1,8 +1,10 @@
 """Command lines that must be refused: each ends before any work, with one line that says why.
 
-``data/wrong_command_lines.tsv`` has a config, the flags, and a word of the message for each.
+``data/wrong_command_lines.tsv`` has a config, the flags, and words of the message for each, where
+" ... " stands for any text.
 """
 
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -29,7 +31,7 @@ def message_of(arguments: list[str]) -> str:
 
 
 def test_the_table_is_whole() -> None:
-    assert len(ROWS) == 465 and set(map(len, ROWS)) == {3}
+    assert len(ROWS) == 537 and set(map(len, ROWS)) == {3}
 
 
 @pytest.mark.parametrize("config", OF_CONFIG)
@@ -44,5 +46,6 @@ def test_a_wrong_command_line_ends_with_one_line_that_names_the_mistake(
         if "--mode" not in given:  # It says "no metrics" if it begins.
             arguments.append("--mode=report")
         said = message_of(arguments)
-        assert word in said and "\n" not in said and "no metrics" not in said, (given, said)
+        assert re.search(re.escape(word).replace(r"\ \.\.\.\ ", ".*"), said), (given, word, said)
+        assert "\n" not in said and "no metrics" not in said, (given, said)
         assert "it has none" not in said, (given, said)  # of a part that could not be chosen

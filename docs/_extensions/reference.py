@@ -119,9 +119,14 @@ def own(name: str) -> dict[str, Any]:
 
 
 def exported(name: str) -> dict[str, Any]:
-    """The functions and classes of other modules that the package ``name`` names as its own."""
+    """The functions and classes of other modules that the package ``name`` hands on, by
+    ``from module import member as member``."""
     module = importlib.import_module(name)
-    values = {member: getattr(module, member) for member in getattr(module, "__all__", ())}
+    imports = [
+        n for n in ast.parse(inspect.getsource(module)).body if isinstance(n, ast.ImportFrom)
+    ]
+    members = [each.name for n in imports for each in n.names if each.name == each.asname]
+    values = {member: getattr(module, member) for member in members}
     return {
         member: value
         for member, value in values.items()

@@ -74,15 +74,6 @@ class Gaussian:
         mean = self.sde.mean_coef(t1) * self.mean
         return (mean + self.basis @ (ratio * self.centred(x, t0))).reshape(x.shape)
 
-    def sigma_points(self) -> tuple[Array, Array]:
-        """x_0 ``(4d, d)`` and z ``(4d, d)`` whose plain average of any quadratic form in (x_0, z)
-        is its expectation under x_0 ~ N(mean, cov), z ~ N(0, I). In coordinates in which both are
-        N(0, I), they are the 4d points +-sqrt(2 d) e_i."""
-        d = self.mean.size
-        points = np.sqrt(2 * d) * np.concatenate([np.eye(2 * d), -np.eye(2 * d)])
-        x = self.mean[None] + points[:, :d] * jnp.sqrt(self.eigenvalues)[None] @ self.basis.T
-        return x, jnp.asarray(points[:, d:])
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -166,12 +157,6 @@ def diagonal(sde: SDE, copies: int = 1) -> Gaussian:
 def mixture(sde: SDE, d: int = 3) -> Mixture:
     """A mixture of three different Gaussians, which overlap."""
     return _stack([0.5, 0.3, 0.2], [gaussian(sde, d, seed, 0.2) for seed in (1, 2, 3)])
-
-
-def as_mixture(data: Gaussian) -> Mixture:
-    """The same distribution, written as a mixture of three identical parts, so that the functions
-    compiled for mixtures serve it too."""
-    return _stack([0.5, 0.3, 0.2], [data] * 3)
 
 
 def _stack(weights: list[float], parts: list[Gaussian]) -> Mixture:

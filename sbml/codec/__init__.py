@@ -10,8 +10,8 @@ images are coded with both, and ``codec.file`` the format of the file.
 May import: core, likelihood, sdes.
 """
 
-from sbml.codec.bits_back import Codec
-from sbml.codec.chain import Chain
-from sbml.codec.file import CodedFileError, compress, decompress
-
-__all__ = ["Chain", "CodedFileError", "Codec", "compress", "decompress"]
+from sbml.codec.bits_back import Codec as Codec
+from sbml.codec.chain import Chain as Chain
+from sbml.codec.file import CodedFileError as CodedFileError
+from sbml.codec.file import compress as compress
+from sbml.codec.file import decompress as decompress

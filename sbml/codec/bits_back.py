@@ -413,6 +413,6 @@ def decode(codec: Codec, count: int, state: State) -> Iterator[State]:
             words[lane] = coders[lane].get_compressed()
             if len(words[lane]) < codec.initial_words:
                 raise CodedFileError(
-                    f"the lane {lane} ends before its image {number}: the file was changed"
+                    f"lane {lane} ends before image {number}: the file was changed"
                 )
         yield State.of(number, words, pixels)

@@ -224,9 +224,7 @@ def from_bytes(content: bytes, name: str = "the file") -> tuple[Header, list[np.
         whole = len(part) == 4 * size and zlib.crc32(part) == expected and part[-4:] != bytes(4)
         stacks.append(np.frombuffer(part, "<u4") if whole else None)
     if position < len(content):
-        raise CodedFileError(
-            f"{name} has {len(content) - position} bytes after its last stack: it was changed"
-        )
+        raise CodedFileError(f"{name} has {len(content) - position} bytes after its last stack")
     if all(words is None for words in stacks):
         raise CodedFileError(
             f"{name}: the header is whole, but all {len(stacks)} lanes are damaged or missing, so "

@@ -64,9 +64,7 @@ def _constriction() -> ModuleType:
     try:
         import constriction
     except ImportError:
-        raise ValueError(
-            "the codec needs the package constriction: pip install 'sbml[codec]'"
-        ) from None
+        raise ValueError("the codec needs constriction: pip install 'sbml[codec]'") from None
     found: ModuleType = constriction.stream
     return found
 

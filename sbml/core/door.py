@@ -55,6 +55,9 @@ _NAMES: dict[Any, str] = {
     tuple: "a tuple",
     type(None): "None",
 }
+_PLURALS = {int: "integers", float: "numbers", str: "names"}
+_LIMITS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "at most"}
+_UNIONS = (types.UnionType, typing.Union)
 _REAL: Any = Real[np.ndarray | jax.Array | np.number, "..."]
 
 _words: dict[Any, str] = {}  # of conditions
@@ -169,33 +172,75 @@ def shown(value: Any, hint: Any = None) -> str:
     return brief(value) if _broken(value, hint) else f"{brief(value)} ({type(value).__name__})"
 
 
-def brief(value: Any) -> str:
-    """The first characters of ``repr(value)``, for messages."""
-    text = repr(value)
+def brief(value: Any, form: Callable[[Any], str] = repr) -> str:
+    """The first characters of ``form(value)``, for messages."""
+    text = form(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def needs(hint: Any, broken: Collection[Any] = ()) -> str:
-    """What an argument must be, in words; usual conditions are named only if ``broken``."""
-    if isinstance(hint, type) and issubclass(hint, AbstractArray):
-        kind = next(words for name, words in _KINDS.items() if hint.__name__.startswith(name))
-        if hint.dim_str in ("...", "*any"):
-            return kind
-        return f"{kind} of shape ({', '.join(hint.dim_str.split())})"
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Annotated:
-        named = [each for each in parts[1:] if each in broken or not _usual[each]]
-        return f"{needs(parts[0])} {', '.join(_words[each] for each in named)}".rstrip()
-    if origin in (types.UnionType, typing.Union):
+def unwrapped(hint: Any) -> tuple[Any, list[Any]]:
+    """The type in an annotation, and the rules for its values."""
+    rules: list[Any] = []
+    while typing.get_origin(hint) is typing.Annotated:
+        hint, *more = typing.get_args(hint)
+        rules += [rule for each in more for rule in getattr(each, "metadata", [each])]
+    return hint, rules
+
+
+def choices(hint: Any) -> Collection[str]:
+    """The names among which a value, or each part of it, must be; () if it is no such name."""
+    kind, rules = unwrapped(hint)
+    named = (getattr(getattr(rule, "func", None), "choices", ()) for rule in rules)
+    parts = typing.get_args(kind) if typing.get_origin(kind) in (tuple, *_UNIONS) else ()
+    return next(filter(None, (*named, *map(choices, parts))), ())
+
+
+def needs(hint: Any, broken: Collection[Any] = (), plural: bool = False) -> str:
+    """What a value must be, in words: "an integer of at least 1, or None"; usual conditions are
+    named only if ``broken``."""
+    kind, rules = unwrapped(hint)
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in _UNIONS:
         # The same words are named once, NumPy's numbers and scalar arrays beside a number never.
         scalar = "" if float in parts else "none"
         named = [p for p in parts if p is not np.number and getattr(p, "dim_str", None) != scalar]
-        return " or ".join(dict.fromkeys(needs(each, broken) for each in named))
-    if Callable in (hint, origin):
-        return "a function"
-    kind = parts[0] if origin is type else origin or hint
+        each = (p if p is type(None) else typing.Annotated[p, *rules, ""] for p in named)
+        return ", or ".join(dict.fromkeys(needs(part, broken) for part in each))
+    if origin is not tuple and (names := choices(hint)):
+        known = ", ".join(sorted(filter(None, names)))
+        return f"{'one ' * (not plural)}of {known}{', or nothing' * ('' in names)}"
+    conditions = [_words[r] for r in rules if r in _words and (r in broken or not _usual[r])]
+    limits = " and ".join(filter(None, (_limit(name, rules) for name in _LIMITS)))
+    alike = all(part in (parts[0], Ellipsis) for part in parts)
+    if origin is tuple and alike and not conditions:
+        few = any(getattr(rule, "min_length", 0) for rule in rules)
+        count = ("one or more" if few else "any number of") if Ellipsis in parts else len(parts)
+        words = f"{count} {needs(parts[0], plural=True)}"
+    elif Callable in (kind, origin):
+        words = "a function"
+    else:
+        words = _of_class(parts[0] if origin is type else origin or kind, origin is type, plural)
+    return " ".join(filter(None, (words, limits, ", ".join(conditions))))
+
+
+def _of_class(kind: Any, itself: bool, plural: bool) -> str:
     if kind in _NAMES or not isinstance(kind, type):
-        return _NAMES.get(kind, str(kind))
-    what = "a class derived from" if origin is type else "an object of the class"
+        return (_PLURALS if plural else _NAMES).get(kind, str(kind))
+    if issubclass(kind, AbstractArray):
+        words = next(words for name, words in _KINDS.items() if kind.__name__.startswith(name))
+        any_shape = kind.dim_str in ("...", "*any")
+        return words if any_shape else f"{words} of shape ({', '.join(kind.dim_str.split())})"
     public = re.sub(r"\._\w+", "", kind.__module__)
+    what = "a class derived from" if itself else "an object of the class"
     return f"{what} {public}.{kind.__name__}"
+
+
+def _limit(name: str, rules: Collection[Any]) -> str:
+    """The tightest limit of this kind in words; "" if there is none."""
+    bounds = [b for rule in rules if (b := getattr(rule, name, None)) is not None]
+    if not bounds:
+        return ""
+    bound = (max if name[0] == "g" else min)(bounds)
+    power = int(bound).bit_length() - 1
+    shown = re.sub(r"e\+?(-?)0*", r"e\1", f"{bound:g}")
+    return f"{_LIMITS[name]} {f'2^{power}' if bound == 2**power > 2**15 else shown}"

@@ -1,7 +1,7 @@
 """Progress bars on the standard error, of process 0 only, drawn by tqdm.
 
 In a terminal and in a notebook a bar is one line that is written again and again; in a log file it
-is a plain line every 30 seconds:
+is a plain line every 10 seconds:
 
     ode uniform:  50%|#####     | 36/72 [01:09<00:07,  5.00 image/s, 1.772 bits/dim]
     ode uniform:  50% 36/72 [01:09<00:07,  5.00 image/s, 1.772 bits/dim]
@@ -21,6 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from sbml.core.types import T
+
+EVERY = 10  # seconds between lines of a log
 
 
 class Bar(tqdm):
@@ -63,7 +65,7 @@ class Bar(tqdm):
             initial=done,
             file=sys.stderr,
             disable=not name or jax.process_index() > 0,
-            mininterval=0.1 if live else 30,
+            mininterval=0.1 if live else EVERY,
             miniters=0,
             delay=np.inf,
             leave=live and leave,
@@ -86,12 +88,11 @@ class Bar(tqdm):
             return
         self.delay = 0
         self.refresh()
-        if self._live:
-            threading.Thread(target=self._tick, daemon=True).start()
+        threading.Thread(target=self._tick, daemon=True).start()
 
     def _tick(self) -> None:
         """Show the seconds that pass, also while one result takes long."""
-        while not self._ended.wait(1):
+        while not self._ended.wait(1 if self._live else EVERY):
             self.refresh()
 
     def update(self, n: int = 1, text: str | None = None) -> None:

@@ -92,6 +92,20 @@ def in_batches(
     return (rows_of(ids[start : start + size]) for start in range(0, len(ids), size))
 
 
+def mapped(f: Callable[..., PyTree], rows: PyTree, size: int | None = None) -> PyTree:
+    """``f`` of every row of a tree of arrays, at most ``size`` of them at once; None for all.
+
+    The batches have one size, filled up with the last row, so that the program has ``f`` once.
+    """
+    n = len(jax.tree.leaves(rows)[0])
+    batches = -(-n // (size or n))
+    if batches <= 1:
+        return jax.vmap(f)(rows)
+    places = np.minimum(np.arange(batches * -(-n // batches)), n - 1).reshape(batches, -1)
+    found = jax.lax.map(jax.vmap(f), jax.tree.map(lambda leaf: leaf[places], rows))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:n], found)
+
+
 def when_known(check: Callable[[PyTree], None], value: PyTree) -> None:
     """Call ``check(value)``, in a compiled function when it has computed the array ``value``."""
     if isinstance(value, jax.core.Tracer):

@@ -58,6 +58,9 @@ Positive = Annotated[float, positive, representable]
 Count = Annotated[int, at_least(1)]
 # Beyond these numbers a result takes hours and gains nothing; ``config`` has the same limits.
 MOST_SWEEPS, MOST_DRAWS, MOST_STEPS = 10_000, 4_096, 10_000
+Draws = Annotated[int, at_least(1), at_most(MOST_DRAWS)]  # of times, probes or bins
+Steps = Annotated[int, at_least(1), at_most(MOST_STEPS)]
+Sweeps = Annotated[int, at_least(2), at_most(MOST_SWEEPS)]  # One gives no error bar.
 if TYPE_CHECKING:
     Number = float | jax.Array
 else:  # A float, or a scalar array.

@@ -178,8 +178,7 @@ def of_shape(output: Anything, x: Example) -> Example:
         )
     if output.shape != x.shape:
         raise ValueError(
-            f"the score returned shape {output.shape} for an input of {x.shape}: a score has the "
-            "shape of its input"
+            f"the score returned shape {output.shape} for an input of {x.shape}: return its shape"
         )
     return output
 

@@ -14,37 +14,19 @@ from dataclasses import replace
 from typing import Any
 
 from sbml.core.registry import Registry, hint, subclass
-from sbml.data import imagenet32
-from sbml.data._examples import (
-    CROPS,
-    SPLITS,
-    VALIDATION,
-    Examples,
-    ImageSet,
-    Options,
-    Source,
-    copies,
-    part,
-)
-from sbml.data._pipeline import prefetch, spread, train_batches
-
-__all__ = [
-    "CROPS",
-    "SOURCES",
-    "SPLITS",
-    "VALIDATION",
-    "Examples",
-    "ImageSet",
-    "Options",
-    "Source",
-    "copies",
-    "imagenet32",
-    "load",
-    "prefetch",
-    "source_of",
-    "spread",
-    "train_batches",
-]
+from sbml.data import imagenet32 as imagenet32
+from sbml.data._examples import CROPS as CROPS
+from sbml.data._examples import SPLITS as SPLITS
+from sbml.data._examples import VALIDATION as VALIDATION
+from sbml.data._examples import Examples as Examples
+from sbml.data._examples import ImageSet as ImageSet
+from sbml.data._examples import Options as Options
+from sbml.data._examples import Source as Source
+from sbml.data._examples import copies as copies
+from sbml.data._examples import part
+from sbml.data._pipeline import prefetch as prefetch
+from sbml.data._pipeline import spread as spread
+from sbml.data._pipeline import train_batches as train_batches
 
 _DEFAULT = Options()
 
@@ -92,9 +74,7 @@ def load(name: str, split: str, options: Options = _DEFAULT, **own: object) -> A
       own: the fields of the source's class.
     """
     if split not in (*SPLITS, VALIDATION):
-        raise ValueError(
-            f"unknown split {split!r}: choose one of {', '.join(SPLITS)}, {VALIDATION}"
-        )
+        raise ValueError(f"unknown split {split!r}: give one of {', '.join(SPLITS)}, {VALIDATION}")
     kind, dataset = source_of(name)
     source, options = kind(**own), replace(options, dataset=dataset)
     if split == VALIDATION and not options.validation:

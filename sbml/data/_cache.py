@@ -93,8 +93,7 @@ def _write(path: Path, build: Callable[[Add], Json]) -> None:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape != (shape or image.shape):
             raise ValueError(
                 f"image {count} is {image.dtype} {image.shape}: a set needs one size in uint8, "
-                f"here {shape or '(h, w, c)'}. Save the images as files and use image_folder, "
-                "which resizes"
+                f"here {shape or '(h, w, c)'}. Save them as files for image_folder, which resizes"
             )
         if not count:
             shape = image.shape

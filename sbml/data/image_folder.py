@@ -55,7 +55,7 @@ class ImageFolder(Source):
         """
         if options.channels not in MODES:
             shape = f"data.shape={options.image_size},{options.image_size},{options.channels}"
-            raise ValueError(f"{shape}: need 3 channels for RGB, or 1 for grey")
+            raise ValueError(f"{shape}: give 3 channels for RGB, or 1 for grey")
         if options.path is None:
             raise ValueError("image_folder needs a folder: set --config.data.path=DIR")
         root = Path(options.path).expanduser().absolute()

@@ -124,9 +124,7 @@ def _images(archive: Path) -> Iterator[np.ndarray]:
     except PermissionError:
         raise
     except MemoryError as error:
-        raise ValueError(
-            f"{archive} is damaged, or this machine has too little memory for it"
-        ) from error
+        raise ValueError(f"{archive} is damaged, or this machine has too little memory") from error
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"{archive} is damaged ({reason}): copy it again") from error

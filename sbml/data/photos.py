@@ -42,9 +42,7 @@ def photo_path(name: str) -> Path:
     for folder in folders:
         if (path := Path(folder, inside)).is_file():
             return path
-    raise FileNotFoundError(
-        f"{name} is not installed: pip install scikit-learn 'scikit-image>=0.22'."
-    )
+    raise FileNotFoundError(f"{name} is missing: pip install scikit-learn 'scikit-image>=0.22'.")
 
 
 class Photos(Source):

@@ -32,6 +32,7 @@ import numpy as np
 from scipy.linalg import lapack, solve_triangular
 
 from sbml.core import pytrees
+from sbml.core.door import brief
 from sbml.core.scalars import notation
 from sbml.data._examples import Examples, Options, Source, copies
 
@@ -314,18 +315,18 @@ def _read(path: Any) -> dict[str, np.ndarray]:
     if not file.is_file():
         what = "it is no file of data, but a folder or a pipe" if file.exists() else ""
         raise ValueError(f"path={path}: {what or 'there is no such file'}")
+    if file.suffix in (".csv", ".gz") and (wrong := _not_plain(file.read_bytes())):
+        raise ValueError(f"path={path}: {wrong}")
     if file.suffix not in (".csv", ".parquet", ".npz"):
         raise ValueError(f"path={path}: give a file whose name ends in .csv, .parquet or .npz")
     try:
         names, columns = _npz(file) if file.suffix == ".npz" else _arrow(file)
     except Exception as error:  # Each library has errors of its own for a damaged file.
         reason = " ".join(str(error).split())
-        remedy = (
-            ": give plain text in UTF-8, not compressed, whose first line names the columns, "
-            "without lines of comments" * (file.suffix == ".csv")
-        )
+        remedy = ": give lines with one value for each name of the first line"
         raise ValueError(
-            f"path={path} cannot be read: {type(error).__name__}: {reason}{remedy}"
+            f"path={path} cannot be read: {type(error).__name__}: {reason}"
+            f"{remedy * (file.suffix == '.csv')}"
         ) from error
     if len(names) == 1 and (found := re.search("[;\t]", names[0])):
         mark = ";" if found[0] == ";" else "tabs"
@@ -333,12 +334,34 @@ def _read(path: Any) -> dict[str, np.ndarray]:
             f"path={path}: the columns of a CSV file are separated by commas, not {mark}"
         )
     counts = Counter(names)
-    if wrong := [i for i, n in enumerate(names) if not n or _is_number(n) or counts[n] > 1]:
+    bad = (n.splitlines() != [n] or _is_number(n) or counts[n] > 1 for n in names)
+    if (i := next((i for i, is_bad in enumerate(bad) if is_bad), None)) is not None:
         raise ValueError(
-            f"path={path}: column {wrong[0] + 1} has the name {names[wrong[0]]!r}: the first line "
-            "must name each column, with different names that are not empty and are no numbers"
+            f"path={path}: column {i + 1} has the name {brief(names[i])}: the first line must name "
+            "each column, with different names of one line that are no numbers"
         )
     return dict(zip(names, columns, strict=True))
+
+
+def _not_plain(content: bytes) -> str:
+    """Why the ``content`` of a file is not plain text in UTF-8 without comments, and the remedy; ""
+    if it is."""
+    if content.startswith(b"\x1f\x8b"):
+        return "it is compressed by gzip: unpack it, as by gunzip"
+    if b"\0" in content:
+        return "it is not text in UTF-8, but perhaps in UTF-16: convert it, as by iconv -f UTF-16"
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        return (
+            f"line {line} is not text in UTF-8, but perhaps in Latin-1: convert the file, as by "
+            "iconv -f LATIN1"
+        )
+    if (comment := re.search("^#", text, re.M)) is None:
+        return ""
+    line = text.count("\n", 0, comment.start()) + 1
+    return f"line {line} begins with #: remove lines of comments, and a # before the names"
 
 
 def _npz(file: Path) -> tuple[list[str], list[np.ndarray]]:

@@ -3,7 +3,8 @@
 May import: core, dequantizers, likelihood, samplers, score, sdes, statistics.
 """
 
-from sbml.density.density import PILOT, Density, Sweeps, WithLatent
+from sbml.density.density import PILOT as PILOT
+from sbml.density.density import Density as Density
+from sbml.density.density import Sweeps as Sweeps
+from sbml.density.density import WithLatent as WithLatent
 from sbml.density.estimate import Estimate as Estimate
-
-__all__ = ["PILOT", "Density", "Sweeps", "WithLatent"]

@@ -6,8 +6,8 @@
 ``grad``, with respect to x, to the condition and to the arrays in the score:
 
     density.log_prob(x)                     log p_eps(x) in nats, by the probability-flow ODE
-    density.sample(key, n)                  n samples by the ODE
-    density.sample_and_log_prob(key, n)     samples and their log p_eps, by the same solve
+    density.sample(key, n)                  n samples by the ODE, or by a ``sampler``
+    density.sample_and_log_prob(key, n)     samples and their log p, by the same solve
     density.sample_path(key, n, sampler=s)  paths of a stochastic sampler, and their log density
     density.path_log_prob(path)             the log density of paths
 
@@ -17,7 +17,7 @@ number for each example and its mean with error bars (:class:`~sbml.density.esti
     density.logp(x)                 log p_eps(x) of continuous data in nats, by the ODE
     density.bits_per_dim(pixels)    of integers, by the ODE with uniform dequantization
     density.evaluate(data)          the one of these two that fits the type of the data
-    density.bound(x)                the evidence bound on -log p(x) in nats
+    density.bound(x)                the evidence bound on -log p(x) in nats, of integers in bits/dim
     density.classify(x, c)          log p(x | c) for several conditions c, and their posterior
     density.importance(key, n, u)   weights of samples for a density exp(u), and its normaliser
     density.gap(key, n, sampler=s)  KL of a sampler's density from that of the ODE
@@ -47,50 +47,35 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Num
 
-from sbml import likelihood, samplers
-from sbml.core import arguments, bits, pytrees
-from sbml.core.door import checked, shown, typed
+from sbml.core import bits, pytrees
+from sbml.core.door import checked, typed
 from sbml.core.progress import over
-from sbml.core.scalars import MOST_SWEEPS, Count, Number, at_least, at_most, between, is_traced
+from sbml.core.scalars import Count, Draws, Steps, Sweeps, between
 from sbml.core.streams import stream
-from sbml.core.types import (
-    Anything,
-    Array,
-    Example,
-    Key,
-    Real,
-    Score,
-    check_function,
-    conditioned,
-    full_precision,
-    optional,
-)
-from sbml.density import transforms
+from sbml.core.types import Array, Example, Key, Score, conditioned
+from sbml.density import checks, transforms
+from sbml.density.checks import Examples
+from sbml.density.distribution import Distribution, How, vectorised
 from sbml.density.estimate import Estimate, reference
 from sbml.density.estimators import bound
 from sbml.density.estimators import ode as ode_estimator
 from sbml.density.estimators.base import Estimator, Rows, Target, rows
 from sbml.density.measurement import Measurement
 from sbml.density.posterior import Importance, Posterior
-from sbml.dequantizers import uniform
+from sbml.dequantizers import decoders, uniform
 from sbml.likelihood import ode
 from sbml.likelihood.bound import GaussianControl, Reduction, pilot
 from sbml.likelihood.ode import Solver
-from sbml.samplers import Chain, Path, PathLogProb
-from sbml.samplers.density import check_folds
-from sbml.score import Foreign, NetworkScore
+from sbml.samplers import Chain
+from sbml.score import NetworkScore
 from sbml.score.divergence import Trace, exact_batch
 from sbml.sdes import SDE
-
-Sweeps = Annotated[int, at_least(2), at_most(MOST_SWEEPS)]  # One gives no error bar.
-Examples = Num[np.ndarray, "n *s"]
 
 PILOT = 256  # examples from which the density of a bound's times is estimated
 WALK = 100  # Metropolis steps from a sample to a draw of the target of ``importance``
@@ -98,7 +83,7 @@ WALK = 100  # Metropolis steps from a sample to a draw of the target of ``import
 
 @typed
 @dataclasses.dataclass(frozen=True, repr=False)
-class Density:
+class Density(Distribution):
     """The density whose score at time t is ``score(x, t, key)``.
 
     It is a pytree, whose leaves are the arrays of the score and of the transform.
@@ -135,261 +120,17 @@ class Density:
         :func:`~sbml.score.from_prediction` made for another SDE.
     """
 
-    score: Callable[..., Any]
-    sde: SDE
-    shape: tuple[int, ...]
-    levels: Annotated[int, between(2, bits.MOST_LEVELS)] | None = None
-    eps: Number | None = None
-    trace: Trace | None = None
-    solver: Solver = Solver(rtol=2e-4, atol=2e-4, adjoint="reverse")
-    batch_size: Count = 32  # as ``subset``, so that both are computed by one program
     seed: Annotated[int, between(0, 2**32 - 1)] = 0
     budget: Annotated[float, between(0, 1)] = 1e-3  # With infinity, any error would pass.
     subset: Count = 32
-    condition_shape: Any = ()
-    transform: Any = None
     classes: tuple[str, ...] = ()
 
     without_effect: ClassVar = ("batch_size", "budget")  # on any number (``sbml.fingerprint``)
 
     def __post_init__(self) -> None:
-        check_function(self.score, "score", "x", "t", "key", optional="condition")
-        bits.dims(self.shape)
-        if self.eps is not None:
-            object.__setattr__(self, "eps", float(self.eps))  # An array is not hashable.
-        try:
-            hash(self.sde)
-        except TypeError:
-            raise ValueError(
-                f"sde={self.sde} contains arrays or lists, so it cannot be a constant of compiled "
-                "functions: give floats, as by jax.tree.map(float, sde), or tuples of floats"
-            ) from None
-        self.sde.check_time(self._eps)
+        super().__post_init__()
         if twice := [c for i, c in enumerate(self.classes) if c in self.classes[:i]]:
             raise ValueError(f"classes has {twice[0]!r} twice: give each class a name of its own")
-        for shape in jax.tree.leaves(self.condition_shape, is_leaf=_is_shape):
-            if not _is_shape(shape):
-                raise ValueError(
-                    f"condition_shape is {shown(self.condition_shape)}: give a shape such as (3,), "
-                    "or a pytree of shapes, with sizes of at least 1"
-                )
-        if self.transform is not None:
-            transforms.check_methods(self.transform, self.shape)
-        if self.transform is not None and self.levels is not None:
-            raise ValueError(
-                f"levels={self.levels} with a transform: integers have none; leave one of them out"
-            )
-        other = optional(self.score, "sde")
-        if hasattr(other, "log_snr"):  # A score of other code may have another attribute "sde".
-            self._check_sde_of_score(other)
-
-    def _check_sde_of_score(self, other: SDE) -> None:
-        """Raise a ValueError if ``other``, the SDE that the score was made for, is not ``sde``."""
-        try:
-            differs = other != self.sde
-        except (TypeError, ValueError):  # For example, an array and a tuple were compared.
-            raise ValueError(
-                f"the sde={other} of the score contains arrays, which cannot be compared with the "
-                "numbers of Density's sde: give the score an SDE of floats or tuples of floats"
-            ) from None
-        if differs:
-            raise ValueError(
-                f"the score was made for sde={other}, and Density has sde={self.sde}: give both "
-                "the same SDE"
-            )
-
-    def __repr__(self) -> str:
-        fields = dataclasses.fields(self)[1:]
-        changed = [f for f in fields if getattr(self, f.name) != f.default or f.name == "shape"]
-        rest = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in changed)
-        name = getattr(self.score, "__name__", type(self.score).__name__)
-        return f"Density({name}, {rest})"
-
-    @property
-    def dims(self) -> int:
-        """The number of dimensions of one example."""
-        return bits.dims(self.shape)
-
-    # The distribution.
-
-    @checked
-    def log_prob(self, x: Real, key: Key | None = None, condition: Any = None) -> Real:
-        """log p_eps(x) in nats, ``(*b)``, of continuous examples ``x (*b, *shape)``.
-
-        The prior N(0, S^2 I), where S is ``sde.prior_std``, stands for p_T. A log p is NaN if
-        the solver gave up.
-
-        Args:
-          x: one example, or several along any leading axes.
-          key: for the random probes; None for an exact trace. The estimate has the mean log p, and
-            the same key gives the same number.
-          condition: for a conditional score.
-
-        Raises:
-          ValueError: ``x`` has another shape, there is no key to draw probes, or the score computes
-            in half precision.
-        """
-        count = x.ndim - len(self.shape)
-        if count < 0 or x.shape[count:] != self.shape:
-            raise ValueError(f"x has shape {x.shape}: give (..., {str(self.shape)[1:-1]})")
-        return self._log_prob(x, key, condition)
-
-    def _log_prob(
-        self, x: Real, key: Key | None, condition: Any, sampler: Chain | None = None
-    ) -> Real:
-        """log p of the ODE or of what a ``sampler`` draws, ``(*b)``, of ``x (*b, *shape)``."""
-        batch = x.shape[: x.ndim - len(self.shape)]
-        y = x.reshape(-1, *self.shape)
-        z, log_det = transforms.exactly(transforms.inverse, self.transform, y)
-        conditions = self._conditions(condition, batch)
-        keys = None if key is None else jax.random.split(key, len(y))
-        rows = jnp.asarray(z, jnp.result_type(float)), keys
-        logp = self._each(_log_prob, rows, conditions, sampler=sampler)
-        return jnp.asarray(logp + log_det, logp.dtype).reshape(batch)
-
-    @checked
-    def sample(self, key: Key, n: Count, condition: Any = None) -> Anything:
-        """``n`` samples ``(n, *shape)``: uint8 integers if there are ``levels``, else floats.
-
-        Continuous samples are of p_eps, with a transform in float64 (NumPy). Integers are rounded
-        from E[x_0 | x_eps].
-
-        Raises:
-          ValueError: there are more than 256 levels, or a sample of integers is not finite, because
-            the solver gave up.
-        """
-        if self.levels is not None:
-            bits.check_levels(self.levels, 256)
-        conditions, keys = self._conditions(condition, (n,)), jax.random.split(key, n)
-        x = self._each(_sample, (keys,), conditions, denoise=self.levels is not None)
-        if self.levels is None:
-            return self._data(x)[0]
-        # A lost sample must not pass for a black image.
-        lost = jnp.sum(~jnp.isfinite(x).reshape(n, -1).all(axis=1))
-        pytrees.when_known(functools.partial(_check_samples, n, self.solver), lost)
-        return bits.to_pixels(x, self.levels)
-
-    @checked
-    def sample_and_log_prob(
-        self,
-        key: Key,
-        n: Count,
-        condition: Any = None,
-        *,
-        sampler: Chain | None = None,
-        max_dims: Count = 100,
-    ) -> tuple[Anything, Anything]:
-        """``n`` continuous samples ``(n, *shape)`` and their log p_eps in nats ``(n,)``.
-
-        One solve gives both. The samples are those of :meth:`sample` for the same key, in the scale
-        of the score if there are ``levels``. With a random trace log p is unbiased; an importance
-        weight exp(-log p) is not, and needs an exact trace.
-
-        Args:
-          key: for the samples.
-          n: their number.
-          condition: for a conditional score.
-          sampler: a deterministic sampler with fixed steps. Then log p is the exact density of what
-            it draws (``sbml.samplers.density``), whatever its number of steps; None for the ODE.
-          max_dims: the largest number d of dimensions for a sampler. Each evaluation of the score
-            costs as much as d + 1, and each step a determinant of a d x d matrix.
-
-        Raises:
-          ValueError: the sampler has no such density, there are more dimensions, or a step of the
-            sampler folds space, so that the density is not known. If a step may fold, there is a
-            warning. In your own ``jit``, the last error arrives as JAX's ``JaxRuntimeError``,
-            which contains the message.
-        """
-        conditions, keys = self._conditions(condition, (n,)), jax.random.split(key, n)
-        if sampler is not None and self.dims > max_dims:
-            raise ValueError(
-                f"{self.dims} dimensions with a sampler: each evaluation of the score would cost "
-                f"as much as {self.dims + 1}; if that is meant, give max_dims={self.dims}"
-            )
-        x, found = self._each(_sample_and_log_prob, (keys,), conditions, sampler=sampler)
-        if sampler is not None:
-            check_folds(sampler, found)
-            found = found.logp
-        y, log_det = self._data(x)
-        return y, jnp.asarray(found + log_det, found.dtype)
-
-    @checked
-    def sample_path(
-        self, key: Key, n: Count, condition: Any = None, *, sampler: Chain
-    ) -> tuple[Path, PathLogProb]:
-        """``n`` paths of a stochastic sampler, ``path.x (n, steps + 1, *shape)``, and their log
-        densities in nats, ``steps (n, steps)`` (``sbml.samplers.density``).
-
-        The samples are ``path.x[:, -1]``, in the scale of the score. With a transform f the data
-        are f of them, and the log density has the term ``transform``.
-
-        Raises:
-          ValueError: a step of the sampler has no noise, it has a corrector, or the score computes
-            in half precision.
-        """
-        conditions, keys = self._conditions(condition, (n,)), jax.random.split(key, n)
-        path, found = self._each(_sample_path, (keys,), conditions, sampler=sampler)
-        return path, self._with_transform(path.x[:, -1], found)
-
-    @checked
-    def path_log_prob(self, path: Path, condition: Any = None) -> PathLogProb:
-        """The log densities, under this score, of one path that :meth:`sample_path` drew, or of
-        several along any leading axes.
-
-        Policy gradients use their derivatives by the parameters of the score: for a reward r, the
-        gradient of E[r(x)] is E[r(x) times the gradient of ``path_log_prob(path).total``].
-
-        Raises:
-          ValueError: the path has another shape, or its times are not those of its sampler for this
-            ``sde`` and ``eps``; and those of :meth:`sample_path`.
-        """
-        times = path.sampler.known_times(self.sde, self._eps)
-        count = path.x.ndim - 1 - len(self.shape)
-        if count < 0 or path.x.shape[count:] != (len(times), *self.shape):
-            raise ValueError(
-                f"path.x has shape {path.x.shape}: for {len(times) - 1} steps of examples of shape "
-                f"{self.shape} give (..., {len(times)}, {str(self.shape)[1:-1]})"
-            )
-        batch = path.x.shape[:count]
-        off = path.times / jnp.broadcast_to(times, path.times.shape) - 1
-        pytrees.when_known(_check_times, jnp.max(jnp.abs(off)))
-        x = path.x.reshape(-1, *path.x.shape[count:])
-        conditions = self._conditions(condition, batch)
-        found = self._each(_path_log_prob, (x,), conditions, sampler=path.sampler)
-        found = self._with_transform(x[:, -1], found)
-        return jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), found)
-
-    def _with_transform(self, x: Array, found: PathLogProb) -> PathLogProb:
-        if self.transform is None:
-            return found
-        return found._replace(transform=jnp.asarray(self._data(x)[1], found.prior.dtype))
-
-    def _data(self, x: Anything) -> tuple[Anything, Anything]:
-        """The data y of ``x (n, *shape)`` in the scale of the score, and log |det df^-1/dy|."""
-        y = transforms.exactly(transforms.forward, self.transform, x)
-        return y, transforms.exactly(transforms.inverse, self.transform, y)[1]
-
-    def _each(
-        self, f: Callable[..., Any], rows: tuple[Any, ...], conditions: Any, **constants: Any
-    ) -> Any:
-        """``f`` of every row of the arrays ``rows``, compiled; ``constants`` are fields of
-        ``_How``."""
-        how = _How(self.sde, self._eps, self.shape, self._trace, **constants)
-        sampler = constants.get("sampler")
-        exact = (self._trace.kind == "exact" or sampler) and f in (_log_prob, _sample_and_log_prob)
-        size = min(self.batch_size, exact_batch(self.dims)) if exact else self.batch_size
-        run = self._compiled(_of_rows, conditions, "f", "how", "size")
-        try:
-            return run(rows, conditions, self.solver, f=f, how=how, size=size)
-        except TypeError as error:
-            if "custom_vjp" not in str(error):
-                raise
-            raise ValueError(
-                "this solver has derivatives by grad only: for those by jvp or jacfwd give "
-                'Density a Solver(adjoint="forward")'
-            ) from error
-
-    # Measurements.
 
     def evaluate(self, data: Any, condition: Any = None, **options: Any) -> Estimate:
         """:meth:`bits_per_dim` of integers, and :meth:`logp` of continuous data, by their type.
@@ -449,10 +190,11 @@ class Density:
           ValueError: if ``pixels`` are not integers 0 .. levels - 1 of that shape, ``levels`` is
             None, or the score computes in half precision, as for ``logp``.
         """
-        k, levels = self._integers(pixels)
+        k, levels = checks.integers(pixels, self.shape, self.levels)
         target = Target(self.sde, self._eps, levels, uniform.Model())
         run, title = self._by_ode(k, target, condition), "bits/dim" if progress else ""
-        return dataclasses.replace(run, check=check, progress=title).estimate()
+        found = dataclasses.replace(run, check=check, progress=title).estimate()
+        return dataclasses.replace(found, dequantization=" by uniform dequantization")
 
     @checked
     def bound(
@@ -461,19 +203,20 @@ class Density:
         condition: Any = None,
         *,
         sweeps: Sweeps = 8,
-        times_each: Count = 2,
-        steps: Count | None = None,
+        times_each: Draws = 2,
+        steps: Steps | None = None,
         reduce: bool = True,
         fit: Any = None,
         progress: bool = False,
     ) -> Estimate:
-        """The evidence bound on -log p(x), in nats, of ``x (n, *shape)``.
+        """The evidence bound on -log p(x) of ``x (n, *shape)``, in nats; of integers, in bits/dim.
 
         The terms are ``prior``, ``diffusion`` and ``reconstruction``, see ``sbml.bound``, and
-        ``transform`` with a change of variables.
+        ``transform`` with a change of variables. Integers are dequantized uniformly, as by
+        :meth:`bits_per_dim`, or coded by the learned decoder of an integer denoiser of bin centres.
 
         Args:
-          x: continuous data.
+          x: continuous data, or integers if there are ``levels``.
           condition: for a conditional score.
           sweeps: the number of independent passes over the data. The error bar of the random draws
             is estimated from the spread of their means.
@@ -489,12 +232,25 @@ class Density:
           progress: whether to show a progress bar.
 
         Raises:
-          ValueError: if ``x`` are not floating-point numbers of that shape.
+          ValueError: if ``x`` are neither floating-point numbers nor integers of that shape.
         """
-        data, log_det = self._model_data(x)
+
+        def in_scale(x: Any) -> tuple[Examples, np.ndarray]:
+            if not jnp.issubdtype(np.asarray(x).dtype, jnp.integer):
+                return self._model_data(x)
+            k, levels = checks.integers(x, self.shape, self.levels)
+            return np.asarray(bits.to_model(jnp.asarray(k), 0.5, levels)), np.zeros(len(k))
+
+        (data, log_det), target, by = in_scale(x), Target(self.sde, self._eps), ""
+        measured = data
+        if jnp.issubdtype(np.asarray(x).dtype, jnp.integer):
+            measured, model, by = np.asarray(x), uniform.Model(), " by uniform dequantization"
+            if isinstance(self.score, NetworkScore) and self.score.has_decoder:
+                model, by = decoders.Learned(), " by the learned decoder"
+            target = Target(self.sde, self._eps, self.levels, model)
         reduction = Reduction()
         if reduce:
-            fitted = data if fit is None else self._model_data(fit)[0]
+            fitted = data if fit is None else in_scale(fit)[0]
             # This added variance does not change the expectation. Without it, the control would be
             # far off in directions without variance, such as those of constant pixels.
             noise = 0.02 * float(np.var(fitted))
@@ -504,12 +260,12 @@ class Density:
         if steps is not None:
             estimator = bound.InSteps(times_each, reduction=reduction, steps=steps)
         run = dataclasses.replace(
-            self.measurement(estimator, Target(self.sde, self._eps), data, condition),
+            self.measurement(estimator, target, measured, condition),
             sweeps=sweeps,
             progress="bound" if progress else "",
             shown=lambda ids, values: values - log_det[ids],
         )
-        found = run.estimate()
+        found = dataclasses.replace(run.estimate(), dequantization=by)
         return found if self.transform is None else found.with_term("transform", -log_det)
 
     @checked
@@ -540,12 +296,12 @@ class Density:
             (data, log_det), target = self._model_data(x), Target(self.sde, self._eps)
             nats: float = 1.0
         else:
-            data, levels = self._integers(x)
+            data, levels = checks.integers(x, self.shape, self.levels)
             target = Target(self.sde, self._eps, levels, uniform.Model())
             log_det, nats = np.zeros(len(data)), self.dims * math.log(2)
-        conditions = _array(conditions)
-        count = _count(conditions)
-        log_prior = np.log(_prior(prior, count))
+        conditions = checks.as_arrays(conditions)
+        count = checks.count(conditions)
+        log_prior = np.log(checks.probabilities(prior, count))
 
         def one(c: int) -> Any:
             return jax.tree.map(lambda leaf: jnp.asarray(leaf)[c], conditions)
@@ -610,7 +366,7 @@ class Density:
         transforms.check_spacing(self.transform, self.shape)
         conditions = self._conditions(condition, (n,))
         x, logp = self.sample_and_log_prob(key, n, condition, sampler=sampler, max_dims=max_dims)
-        u = np.asarray(_each(log_target, x, self.batch_size), float)
+        u = np.asarray(pytrees.mapped(log_target, x, self.batch_size), float)
         if u.shape != (n,):
             raise ValueError(
                 f"log_target returned shape {u.shape[1:]} for one example: return a scalar"
@@ -632,10 +388,10 @@ class Density:
             error = log_prob(strict, x, few) - np.asarray(logp[:few], float)
         count = min(n, 4 * few)
         keys = jax.random.split(stream(key, "target"), count)
-        # This step is best for a normal target of the samples' scale (Roberts & Rosenthal 2001).
+        # The first step is best for a normal target of this scale (Roberts & Rosenthal 2001).
         step = 2.4 / math.sqrt(self.dims) * jnp.std(x, axis=0)
         walk = functools.partial(_walk, log_target, step)
-        y, u_y = _each(walk, (x[:count], keys), self.batch_size)
+        y, u_y = pytrees.mapped(walk, (x[:count], keys), self.batch_size)
         of_target = np.asarray(u_y, float) - log_prob(self, y, count)
         weights, evaluations = u - np.asarray(logp, float), None if sampler is None else sampler.nfe
         return Importance.of(np.asarray(x), weights, error, of_target, evaluations)
@@ -653,17 +409,20 @@ class Density:
         """KL(p_N || p) in nats: how far the density p_N of a ``sampler`` with few steps is from
         that of the ODE.
 
-            KL = E[log p_N(x) - log p(x)],      x from p_N
+            KL = E[log p_N(x) - log p(x)] = E[r - 1 - log r],      x from p_N,  r = p(x) / p_N(x)
 
-        The terms are the negative ones of :meth:`logp` of the ``n`` samples, and ``sampler``, which
-        is log p_N. Both densities begin with the prior, so its error is not in the difference. Both
-        have the exact trace, because the noise of random probes would be larger than the gap. The
-        arguments and errors are those of :meth:`sample_and_log_prob`.
+        The values are -log r, the sum of the negative terms of :meth:`logp` of the ``n`` samples
+        and of ``sampler``, which is log p_N. The mean is that of r - 1 - log r, which is never
+        negative and is small where r is near 1, if this at least halves the interval. Both
+        densities begin with the prior, so its error is not in the difference. Both have the exact
+        trace, because the noise of random probes would be larger than the gap. The arguments and
+        errors are those of :meth:`sample_and_log_prob`.
         """
         x, logp = self.sample_and_log_prob(key, n, condition, sampler=sampler, max_dims=max_dims)
         exact = dataclasses.replace(self, trace=Trace("exact"))
         of_ode = dataclasses.replace(-exact.logp(np.asarray(x), condition), prior_error=None)
-        return of_ode.with_term("sampler", np.asarray(logp))
+        found = of_ode.with_term("sampler", np.asarray(logp, float))
+        return found.with_control(np.expm1(np.minimum(-found.values, 200)))  # Cubes are finite.
 
     def latent(self, x: Any, condition: Any = None) -> Examples:
         """The latents ``(n, *shape)``: the ODE's solutions at T from ``x`` at t = eps."""
@@ -671,124 +430,24 @@ class Density:
 
     def decode(self, z: Any, condition: Any = None) -> Examples:
         """The data ``(n, *shape)`` at t = eps of latents ``z`` at T: the inverse of ``latent``."""
-        x = self._solved(self._continuous(z), condition, self.sde.T, self._eps)
+        x = self._solved(checks.continuous(z, self.shape), condition, self.sde.T, self._eps)
         return transforms.in_float64(transforms.forward, self.transform, x)
-
-    @property
-    def _eps(self) -> float:
-        return self.sde.smallest_time if self.eps is None else float(self.eps)
-
-    @property
-    def _trace(self) -> Trace:
-        if self.trace is not None:
-            return self.trace
-        return Trace("exact") if self.dims <= 64 else Trace("rademacher", 2)
-
-    def _compiled(self, f: Callable[..., Any], condition: Any, *static: str) -> Callable[..., Any]:
-        """``f`` with its first argument, the score, compiled; ``static`` are names of arguments.
-
-        Products of float32 numbers are computed in float32 (``types.full_precision``).
-        The condition is a pytree of arrays with a leading axis, or None.
-        """
-        one = jax.tree.map(lambda c: jax.ShapeDtypeStruct(c.shape[1:], c.dtype), condition)
-        argument = full_precision(arguments.as_argument)(self.score, self.shape, one)
-        return functools.partial(full_precision(_jit(f, *static)), argument)
-
-    def _conditions(self, condition: Any, batch: tuple[int, ...]) -> Any:
-        """The conditions of all examples of ``batch``, a pytree of arrays ``(n, ...)``; or None."""
-        if condition is None and self.condition_shape != ():
-            raise ValueError(
-                f"condition=None, but condition_shape={self.condition_shape}: give one condition "
-                "of this shape for all examples, or one for each"
-            )
-        more = () if condition is None else ("condition",)
-        if isinstance(self.score, NetworkScore) and isinstance(self.score.how, Foreign):
-            check_function(self.score.how.network, "network", "x", "t", *more)
-        elif condition is None or not optional(self.score, "given"):
-            check_function(self.score, "score", "x", "t", "key", *more)
-        if condition is None:
-            return None
-        shapes: Any = self.condition_shape
-        if _is_shape(shapes):
-            condition = _array(condition)
-            shapes = jax.tree.map(lambda _: self.condition_shape, condition)
-
-        def each(leaf: Any, shape: tuple[int, ...]) -> Array:
-            leaf = _array(leaf)
-            try:
-                array = jnp.asarray(leaf)
-            except (TypeError, ValueError):  # JAX raises either, by the type of the leaf.
-                raise ValueError(f"condition is {shown(leaf)}: give arrays of numbers") from None
-            if array.shape not in (shape, (*batch, *shape)):
-                raise ValueError(
-                    f"condition of shape {array.shape}: give one for all examples, {shape}, or one "
-                    f"for each, {(*batch, *shape)}; condition_shape is the shape of one"
-                )
-            known = jnp.issubdtype(array.dtype, jnp.floating) and not is_traced(leaf)
-            if known and np.isnan(np.asarray(leaf)).any():
-                raise ValueError("condition has a NaN: give numbers")
-            array = jnp.broadcast_to(array, (*batch, *shape))
-            return array.reshape(-1, *shape)
-
-        structure: Any
-        flat, structure = jax.tree.flatten(shapes, is_leaf=_is_shape)
-        try:
-            leaves = structure.flatten_up_to(condition)
-        except ValueError:
-            found = jax.tree.structure(condition)
-            raise ValueError(
-                f"condition is the pytree {found}: give one like condition_shape={shapes}"
-            ) from None
-        return jax.tree.unflatten(structure, map(each, leaves, flat))
 
     def _model_data(self, x: Any) -> tuple[Examples, np.ndarray]:
         """The data in the scale of the score, and log |det df^-1/dy| ``(n,)``."""
         if self.transform is None:
-            y = self._continuous(x)
+            y = checks.continuous(x, self.shape)
             return y, np.zeros(len(y))
-        y = self._continuous(x, np.float64)
+        y = checks.continuous(x, self.shape, np.float64)
         found, log_det = transforms.in_float64(transforms.inverse, self.transform, y)
         if len(lost := np.flatnonzero(~np.isfinite(log_det))):
             raise ValueError(
                 f"transform={type(self.transform).__name__}: log |det df^-1/dy| is not finite for "
-                f"the examples {_some(lost)}, but {log_det[lost[0]]}. Where it is -inf, the "
+                f"the examples {checks.some(lost)}, but {log_det[lost[0]]}. Where it is -inf, the "
                 "density is 0 and log p is -inf, so the mean would be -inf; without these examples "
                 "it would be too good: give a transform whose range contains all data"
             )
-        return self._continuous(found), log_det
-
-    def _continuous(self, x: Any, dtype: Any = None) -> Examples:
-        data = np.asarray(x)
-        if not jnp.issubdtype(data.dtype, jnp.floating):
-            raise ValueError(
-                f"x is of {data.dtype}: give floating-point numbers in the scale of the score, or "
-                "integers to bits_per_dim"
-            )
-        self._check_shape(data)
-        data = data.astype(dtype or jnp.result_type(float))
-        lost = np.flatnonzero(~np.isfinite(data).reshape(len(data), -1).all(axis=1))
-        if len(lost):
-            raise ValueError(
-                f"{len(lost)} of {len(data)} examples have values that are NaN, infinite or too "
-                f"large for {data.dtype}: leave them out. Their indices are {_some(lost)}"
-            )
-        return data
-
-    def _integers(self, pixels: Any) -> tuple[Examples, int]:
-        data = np.asarray(pixels)
-        if self.levels is None:
-            raise ValueError(
-                "levels=None: bits/dim are defined for integers only; give Density the number of "
-                "their levels"
-            )
-        bits.check_pixels(data, self.levels)
-        self._check_shape(data)
-        return data, self.levels
-
-    def _check_shape(self, data: np.ndarray) -> None:
-        if data.ndim == 0 or data.shape[1:] != self.shape or not len(data):
-            expected = "".join(f", {size}" for size in self.shape)
-            raise ValueError(f"data of shape {data.shape}: give (n{expected}) with n at least 1")
+        return checks.continuous(found, self.shape), log_det
 
     def measurement(
         self,
@@ -864,60 +523,11 @@ class Density:
 
         def batch(ids: np.ndarray) -> Array:
             given = jax.tree.map(lambda leaf: leaf[ids], conditions)
-            found: Array = self._each(_flow, (x[ids],), given, ends=(t0, t1))
+            found: Array = _flow(self, x[ids], condition=given, ends=(t0, t1))
             return found
 
         batches = pytrees.in_batches(batch, np.arange(len(x)), size)
         return np.concatenate([rows for _, rows in batches]).astype(np.float64)
-
-
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(n, int) and n >= 1 for n in value)
-
-
-def _is_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(leaf, int | float | np.number) for leaf in jax.tree.leaves(value)
-    )
-
-
-def _array(condition: Any) -> Any:
-    """``condition`` with lists of numbers as arrays, because JAX takes them for pytrees."""
-
-    def each(part: Any) -> Any:
-        try:
-            return np.asarray(part) if _is_numbers(part) else part
-        except ValueError:
-            raise ValueError(f"condition is {shown(part)}: give lists of one length") from None
-
-    return jax.tree.map(each, condition, is_leaf=_is_numbers)
-
-
-def _flatten(density: Density) -> tuple[tuple[Any, ...], Any]:
-    """The arrays of the score and of the transform, and everything else."""
-    if (flat := vars(density).get("_flat")) is not None:
-        return flat
-    arrays, rest = arguments.split((density.score, density.transform))
-    shapes = jax.tree.flatten(density.condition_shape, is_leaf=_is_shape)
-    apart = "score", "transform", "condition_shape"
-    names = [f.name for f in dataclasses.fields(density) if f.name not in apart]
-    fields = tuple((name, getattr(density, name)) for name in names)
-    return arrays, (rest, (tuple(shapes[0]), shapes[1]), fields)
-
-
-def _unflatten(static: Any, arrays: Any) -> Density:
-    rest, (shapes, tree), fields = static
-    score, transform = arguments.joined(arrays, rest)
-    density: Density = object.__new__(Density)
-    whole = {"score": score, "transform": transform}
-    whole["condition_shape"] = jax.tree.unflatten(tree, shapes)
-    # JAX also puts other objects in the place of the arrays, such as None: a copy keeps them apart.
-    for name, value in (*whole.items(), *fields, ("_flat", (tuple(arrays), static))):
-        object.__setattr__(density, name, value)
-    return density
-
-
-jax.tree_util.register_pytree_node(Density, _flatten, _unflatten)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -932,56 +542,10 @@ class WithLatent(ode_estimator.Estimator):
         return {**terms, "importance": zero, "latent": found.z}, found.stats.nfe
 
 
-def _check_times(off: Any) -> None:
-    if not off <= 1e-4:  # This is more than their rounding.
-        raise ValueError(
-            "path.times are not those of its sampler for this density's sde and eps: give the path "
-            "to the density that drew it, or to one with the same sde and eps"
-        )
-
-
-def _check_samples(n: int, solver: Solver, lost: Any) -> None:
-    if lost:
-        raise ValueError(
-            f"{int(lost)} of {n} samples are not finite, with solver={solver}: give a solver "
-            "with larger max_steps, or with another tolerance"
-        )
-
-
-def _count(conditions: Any) -> int:
-    """The number of conditions along the leading axis of a pytree."""
-    sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(conditions)}
-    if len(sizes) != 1 or sizes <= {(), (0,)}:
-        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(conditions)]
-        raise ValueError(
-            f"conditions of shapes {shapes}: give arrays with the conditions along a leading axis "
-            "of one size, at least 1"
-        )
-    return int(sizes.pop()[0])
-
-
 def _differ(one: Any, other: Any) -> bool:
     """Whether two pytrees of arrays differ."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return any(bool(jnp.any(a != b)) for a, b in pairs)
-
-
-def _prior(prior: Any, count: int) -> np.ndarray:
-    if prior is None:
-        return np.full(count, 1 / count)
-    found = np.asarray(prior, float)
-    if found.shape != (count,) or not np.all(found > 0) or not np.isclose(found.sum(), 1):
-        raise ValueError(f"prior={prior}: give {count} positive probabilities whose sum is 1")
-    return found
-
-
-def _some(indices: np.ndarray) -> str:
-    """The first ten of ``indices`` as text."""
-    shown = ", ".join(map(str, indices[:10]))
-    return shown + (", ..." if len(indices) > 10 else "")
-
-
-_jit = functools.cache(arguments.compiled)
 
 
 def _terms(
@@ -992,111 +556,29 @@ def _terms(
     return rows(estimator, target, score, params, batch, u)
 
 
-def _each(f: Callable[..., Any], rows: Any, size: int) -> Any:
-    """``f`` of every row, at most ``size`` of them at once.
-
-    The batches have one size, filled up with the last row, so that the program has ``f`` once.
-    """
-    n = len(jax.tree.leaves(rows)[0])
-    batches = -(-n // size)
-    if batches <= 1:
-        return jax.vmap(f)(rows)
-    places = np.minimum(np.arange(batches * -(-n // batches)), n - 1).reshape(batches, -1)
-    found = jax.lax.map(jax.vmap(f), jax.tree.map(lambda leaf: leaf[places], rows))
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:n], found)
-
-
 def _walk(log_target: Callable[..., Any], step: Array, start: tuple[Array, Key]) -> Any:
-    """The end of a random walk whose stationary density is exp(u), and its u (Metropolis)."""
+    """The end of a random walk whose stationary density is exp(u), and its u (Metropolis). Its
+    step is scaled until 23% of the moves are accepted (Andrieu & Thoms, Stat Comput 2008)."""
 
     def u(x: Array) -> Array:
         return jnp.asarray(log_target(x), x.dtype)
 
-    def move(state: tuple[Array, Array], key: Key) -> tuple[tuple[Array, Array], None]:
+    def move(state: tuple[Any, Array], of_move: tuple[Key, Array]) -> tuple[Any, None]:
+        (x, log_scale), (key, gain) = state, of_move
         of_step, of_test = jax.random.split(key)
-        y = state[0] + step * jax.random.normal(of_step, step.shape, step.dtype)
+        y = x[0] + jnp.exp(log_scale) * step * jax.random.normal(of_step, step.shape, step.dtype)
         proposed = y, u(y)
-        accepted = jnp.log(jax.random.uniform(of_test)) < proposed[1] - state[1]
-        return jax.tree.map(lambda new, old: jnp.where(accepted, new, old), proposed, state), None
+        accepted = jnp.log(jax.random.uniform(of_test)) < proposed[1] - x[1]
+        x = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), proposed, x)
+        return (x, log_scale + gain * (accepted - 0.234)), None
 
     x, key = start
-    return jax.lax.scan(move, (x, u(x)), jax.random.split(key, WALK))[0]
+    moves = jax.random.split(key, WALK), jnp.arange(1, WALK + 1, dtype=step.dtype) ** -0.6
+    return jax.lax.scan(move, ((x, u(x)), jnp.zeros((), step.dtype)), moves)[0][0]
 
 
-class _How(NamedTuple):
-    """The constants of a function of one example."""
-
-    sde: SDE
-    eps: float
-    shape: tuple[int, ...]
-    trace: Trace
-    denoise: bool = False
-    ends: tuple[float, ...] = ()
-    sampler: Any = None
-
-
-def _of_rows(
-    score: Score,
-    rows: tuple[Any, ...],
-    conditions: Any,
-    solver: Solver,
-    *,
-    f: Callable[..., Any],
-    how: _How,
-    size: int,
-) -> Any:
-    """``f`` of every row under its condition, at most ``size`` of them at once."""
-
-    def one(row: Any) -> Any:
-        own, condition = row
-        return f(conditioned(score, condition), *own, solver, how)
-
-    return _each(one, (rows, conditions), size)
-
-
-def _log_prob(score: Score, x: Example, key: Key | None, solver: Solver, how: _How) -> Array:
-    if how.sampler is not None:
-        of_map: Array = how.sampler.logp(score, how.sde, x, eps=how.eps).logp
-        return of_map
-    estimator = ode_estimator.Estimator(how.trace, solver=solver)
-    estimator.check(score, how.sde, how.shape)
-    found: Array = estimator.solved(score, None, x, key, Target(how.sde, how.eps))[1].logp
-    return found
-
-
-def _sample(score: Score, key: Key, solver: Solver, how: _How) -> Example:
-    return samplers.ode_sample(
-        score, how.sde, how.shape, key, eps=how.eps, solver=solver, denoise_last=how.denoise
-    )[0]
-
-
-def _sample_and_log_prob(score: Score, key: Key, solver: Solver, how: _How) -> tuple[Example, Any]:
-    ode.check_precision(score, how.sde, how.shape)
-    z, probes = how.sde.prior_sample(key, how.shape), stream(key, "probes")
-    if how.sampler is not None:
-        drawn: tuple[Example, Any] = how.sampler.sample_logp(score, how.sde, z, eps=how.eps)
-        return drawn
-    x, found = likelihood.sample_logp(
-        score, how.sde, z, probes, eps=how.eps, trace=how.trace, solver=solver
-    )
-    return x, found.logp
-
-
-def _sample_path(score: Score, key: Key, solver: Solver, how: _How) -> tuple[Path, PathLogProb]:
-    ode.check_precision(score, how.sde, how.shape)
-    z, noise = how.sde.prior_sample(stream(key, "latent"), how.shape), stream(key, "sampler")
-    found: tuple[Path, PathLogProb] = how.sampler.sample_path(score, how.sde, z, noise, eps=how.eps)
-    return found
-
-
-def _path_log_prob(score: Score, x: Array, solver: Solver, how: _How) -> PathLogProb:
-    ode.check_precision(score, how.sde, how.shape)
-    path = Path(x, how.sampler.known_times(how.sde, how.eps), how.sampler)
-    found: PathLogProb = how.sampler.path_log_prob(score, how.sde, path)
-    return found
-
-
-def _flow(score: Score, x: Example, solver: Solver, how: _How) -> Example:
+@vectorised()
+def _flow(score: Score, x: Example, solver: Solver, how: How) -> Example:
     t0, t1 = how.ends
     return ode.flow(score, how.sde, x, t0, t1, solver).x
 

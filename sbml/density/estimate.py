@@ -31,7 +31,7 @@ class Estimate:
       eps: the smallest time, at which the density is taken. Another eps gives other numbers.
       nfe: the number of evaluations of the score for each example, ``(n,)``.
       population: the mean of ``values`` with its 95% interval for the population from which the
-        examples come.
+        examples come; with a control variate (:meth:`with_control`) for a gap.
       this_set: the mean with its 95% interval for this set of examples. It contains the noise of
         the random draws only (probes, times and dequantization), so its width is 0 without draws.
       sweeps: the number of sweeps of a bound; 1 for an ODE.
@@ -43,6 +43,7 @@ class Estimate:
       solver: how the ODE was solved; None for a bound.
       prior_error: the error that comes from using the prior in place of p_T, in ``unit``; None for
         a bound, which contains it.
+      dequantization: how integers were dequantized, in words; "" for continuous data.
       target_se: the standard error of a bound's draws that was asked for; 0 for none.
       tail: ``intervals.pareto_k`` of the draws of a bound, or of the weights of their times if
         that is larger; nan for an ODE, and for few draws.
@@ -63,10 +64,11 @@ class Estimate:
     prior_error: PriorError | None = None
     target_se: float = 0.0
     tail: float = math.nan
+    dequantization: str = ""
 
     @property
     def mean(self) -> float:
-        """The mean of ``values``."""
+        """The mean of ``population``."""
         return self.population.mean
 
     @property
@@ -117,8 +119,15 @@ class Estimate:
             this_set=self.this_set._replace(mean=self.this_set.mean + shift),
         )
 
+    def with_control(self, control: Values) -> "Estimate":
+        """The estimate whose ``population`` is that of the numbers plus ``control (n,)``, which has
+        the expectation 0, if this at least halves the interval; otherwise itself."""
+        found = intervals.mean_interval(self.values + control, skewed=True)
+        halved = found.ci95 <= 0.5 * self.population.ci95
+        return dataclasses.replace(self, population=found) if halved else self
+
     def __repr__(self) -> str:
-        text = line(self.row(), self.unit, "examples")
+        text = line(self.row(), self.unit, "examples", self.dequantization)
         if self.solver is not None and self.solver_error is None:
             text += f", {self.unconverged()}"
         elif not self.converged:

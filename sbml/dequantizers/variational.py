@@ -69,8 +69,7 @@ class Model(Dequantizer):
     def __post_init__(self) -> None:
         if self.filters % self.heads:
             raise ValueError(
-                f"filters={self.filters} is not a multiple of heads={self.heads}: choose filters "
-                "that are."
+                f"filters={self.filters} is not a multiple of heads={self.heads}: make it one"
             )
 
     @classmethod

@@ -6,13 +6,9 @@
 May import: core, losses, score, sdes, statistics.
 """
 
-from sbml.likelihood.flow import (
-    TERMS,
-    Likelihood,
-    PriorError,
-    ode_logp,
-    prior_error,
-    sample_logp,
-)
-
-__all__ = ["TERMS", "Likelihood", "PriorError", "ode_logp", "prior_error", "sample_logp"]
+from sbml.likelihood.flow import TERMS as TERMS
+from sbml.likelihood.flow import Likelihood as Likelihood
+from sbml.likelihood.flow import PriorError as PriorError
+from sbml.likelihood.flow import ode_logp as ode_logp
+from sbml.likelihood.flow import prior_error as prior_error
+from sbml.likelihood.flow import sample_logp as sample_logp

@@ -63,7 +63,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Real
 
 from sbml.core.door import checked
-from sbml.core.scalars import Count, Number, above_0, at_least, finite
+from sbml.core.scalars import Draws, Number, above_0, at_least, finite
 from sbml.core.streams import stream
 from sbml.core.types import (
     Array,
@@ -472,7 +472,7 @@ def profile(
     *,
     eps: Number,
     control: GaussianControl | None = None,
-    bins: Count = 32,
+    bins: Draws = 32,
     condition: PyTree = None,
 ) -> Profile:
     """The mean and the variance of :func:`diffusion_dsm` at each noise level, from 8 draws for each
@@ -548,7 +548,7 @@ def pilot(
     *,
     eps: Number,
     control: GaussianControl | None = None,
-    bins: Count = 32,
+    bins: Draws = 32,
     floor: Number = 0.1,
     condition: PyTree = None,
 ) -> Reduction:

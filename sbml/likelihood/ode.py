@@ -166,7 +166,7 @@ class Solver:
     pcoeff: Annotated[Number, finite, at_least(0)] = _static(0.3)
     # With icoeff <= 0 a step would not become shorter after an error that is too large.
     icoeff: Annotated[Number, positive] = _static(0.4)
-    fixed_steps: Steps | None = _static(None)
+    fixed_steps: scalars.Steps | None = _static(None)
     max_steps: Steps = _static(MAX_STEPS)
     adjoint: Annotated[str, one_of("forward", "reverse")] = _static("forward")
 
@@ -398,8 +398,7 @@ def _in_u(field: Field, solver: Solver, sign: int = 1) -> Callable[..., Array]:
         slope = field(u**solver.power, y)
         if jnp.shape(slope) != y.shape:
             raise ValueError(
-                f"the field returned shape {jnp.shape(slope)} for y of shape {y.shape}: dy/dt has "
-                "the shape of y"
+                f"the field returned shape {jnp.shape(slope)} for y of shape {y.shape}: return that"
             )
         return sign * _slope(u, solver) * slope
 

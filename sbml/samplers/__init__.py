@@ -17,37 +17,27 @@ May import: core, likelihood, sdes.
 """
 
 from sbml.core.registry import Registry, subclass
-from sbml.samplers._grid import SPACINGS, FixedSteps, Sampler, denoise, predictions
-from sbml.samplers.corrector import CORRECTORS, AnnealedLangevin, Langevin
-from sbml.samplers.density import Chain, Path, PathLogProb, Transition
-from sbml.samplers.multistep import DPMSolver
-from sbml.samplers.one_step import DDIM, Ancestral, EulerMaruyama, Midpoint, ReverseDiffusion
-from sbml.samplers.probability_flow import ODE, decode, ode_sample
-
-__all__ = [
-    "CORRECTORS",
-    "DDIM",
-    "ODE",
-    "SAMPLERS",
-    "SPACINGS",
-    "Ancestral",
-    "AnnealedLangevin",
-    "Chain",
-    "DPMSolver",
-    "EulerMaruyama",
-    "FixedSteps",
-    "Langevin",
-    "Midpoint",
-    "Path",
-    "PathLogProb",
-    "ReverseDiffusion",
-    "Sampler",
-    "Transition",
-    "decode",
-    "denoise",
-    "ode_sample",
-    "predictions",
-]
+from sbml.samplers._grid import SPACINGS as SPACINGS
+from sbml.samplers._grid import FixedSteps as FixedSteps
+from sbml.samplers._grid import Sampler as Sampler
+from sbml.samplers._grid import denoise as denoise
+from sbml.samplers._grid import predictions as predictions
+from sbml.samplers.corrector import CORRECTORS as CORRECTORS
+from sbml.samplers.corrector import AnnealedLangevin as AnnealedLangevin
+from sbml.samplers.corrector import Langevin as Langevin
+from sbml.samplers.density import Chain as Chain
+from sbml.samplers.density import Path as Path
+from sbml.samplers.density import PathLogProb as PathLogProb
+from sbml.samplers.density import Transition as Transition
+from sbml.samplers.multistep import DPMSolver as DPMSolver
+from sbml.samplers.one_step import DDIM as DDIM
+from sbml.samplers.one_step import Ancestral as Ancestral
+from sbml.samplers.one_step import EulerMaruyama as EulerMaruyama
+from sbml.samplers.one_step import Midpoint as Midpoint
+from sbml.samplers.one_step import ReverseDiffusion as ReverseDiffusion
+from sbml.samplers.probability_flow import ODE as ODE
+from sbml.samplers.probability_flow import decode as decode
+from sbml.samplers.probability_flow import ode_sample as ode_sample
 
 SAMPLERS = Registry(
     "sampler",

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from sbml.core.door import checked, typed
-from sbml.core.scalars import Count, Number, one_of
+from sbml.core.scalars import Count, Number, Steps, one_of
 from sbml.core.streams import stream
 from sbml.core.types import (
     Array,
@@ -123,7 +123,7 @@ class FixedSteps(Chain):
 
     evaluations: ClassVar[int] = 1
 
-    steps: Count = 500
+    steps: Steps = 500
     spacing: Spacing = "time"
     corrector: Corrector = NoCorrector()
 
@@ -197,7 +197,7 @@ class FixedSteps(Chain):
 
     @checked
     def path(
-        self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number, frames: Count
+        self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number, frames: Steps
     ) -> tuple[Frames, Times]:
         """See :class:`Sampler`; the frames are evenly spaced among the steps."""
         _, path, times = self._scan(score, sde, z, key, eps, keep=True)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from sbml.core.door import condition, typed
-from sbml.core.scalars import Count, Number, positive
+from sbml.core.scalars import Number, Steps, positive
 from sbml.core.types import Example, Key, Scalar, Score, deterministic
 from sbml.sdes import SDE
 
@@ -52,7 +52,7 @@ class Langevin:
       snr: the signal-to-noise ratio that sets the size, positive.
     """
 
-    steps: Count = 1
+    steps: Steps = 1
     snr: Annotated[Number, positive] = 0.16
 
     @property

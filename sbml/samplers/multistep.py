@@ -15,7 +15,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from sbml.core.door import typed
-from sbml.core.scalars import Count
+from sbml.core.scalars import Steps
 from sbml.core.types import Array, Example, Score
 from sbml.samplers._grid import FixedSteps, Spacing, Triple, denoise
 from sbml.sdes import SDE
@@ -28,7 +28,7 @@ class DPMSolver(FixedSteps):
 
     own_obstacle: ClassVar[str] = "it remembers predictions, so a step is no map of x alone"
 
-    steps: Count = 20
+    steps: Steps = 20
     spacing: Spacing = "log_snr"
 
     def init(self, z: Example) -> tuple[Example, Array]:

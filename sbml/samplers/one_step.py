@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from sbml.core.door import typed
-from sbml.core.scalars import Count, Number, between
+from sbml.core.scalars import Number, Steps, between
 from sbml.core.types import Example, Scalar, Score, deterministic
 from sbml.samplers._grid import FixedSteps, Spacing, denoise, predictions
 from sbml.samplers.density import Transition
@@ -104,7 +104,7 @@ class Midpoint(FixedSteps):
 
     evaluations: ClassVar[int] = 2
 
-    steps: Count = 10
+    steps: Steps = 10
     spacing: Spacing = "log_snr"
 
     @property

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sbml.core.door import checked, typed
-from sbml.core.scalars import Count, Number
+from sbml.core.scalars import Number, Steps
 from sbml.core.types import Example, Key, Scalar, Score, in_full_precision
 from sbml.likelihood.ode import METHODS, Solver, Stats, flow
 from sbml.samplers._grid import Frames, Times, denoise, frames_of
@@ -111,7 +111,7 @@ class ODE(Chain):
 
     @checked
     def path(
-        self, score: Score, sde: SDE, z: Example, key: Key | None, *, eps: Number, frames: Count
+        self, score: Score, sde: SDE, z: Example, key: Key | None, *, eps: Number, frames: Steps
     ) -> tuple[Frames, Times]:
         """See ``Sampler``.
 

@@ -30,7 +30,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from sbml.core.door import checked, typed
-from sbml.core.scalars import Count, nonempty, one_of
+from sbml.core.scalars import Count, Draws, nonempty, one_of
 from sbml.core.types import Array, Batch, Example, Key, Scalar
 
 Field = Callable[[Example], Example]
@@ -113,10 +113,7 @@ def quadratic_forms(f: Field, x: Example, vs: Annotated[Batch, nonempty]) -> tup
     def one(v: Array) -> tuple[Array, Array]:
         y, jv = jax.jvp(f, (x,), (v,))
         if y.shape != x.shape:
-            raise ValueError(
-                f"f(x) has shape {y.shape} for x of shape {x.shape}: a vector field has the shape "
-                "of x"
-            )
+            raise ValueError(f"f(x) has shape {y.shape} for x of shape {x.shape}: return that of x")
         return y, jnp.sum(v * jv)
 
     if len(vs) <= CHUNK:
@@ -155,7 +152,7 @@ class Trace:
     """
 
     kind: Annotated[str, one_of(*PROBES, "exact")] = "rademacher"
-    probes: Count = 1
+    probes: Draws = 1
 
     @checked
     def directions(self, key: Key | None, shape: tuple[int, ...]) -> Probes:

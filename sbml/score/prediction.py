@@ -229,6 +229,11 @@ class NetworkScore:
 
         return one
 
+    @property
+    def has_decoder(self) -> bool:
+        """Whether it is an integer denoiser of bin centres."""
+        return self.how.parameterization == LEVELS and self.how.of_data.kind == "centre"
+
     def decoder_nats(self, y: Example, t: Scalar, pixels: Pixels) -> Scalar:
         """-log p(pixels | x_t) of one example of bin centres, x_t = alpha y: nats, a scalar."""
         out, rho = self._decoder(y, t)
@@ -243,7 +248,7 @@ class NetworkScore:
     def _decoder(self, y: Example, t: Scalar) -> tuple[Array, Scalar]:
         """The network's outputs for x_t = alpha y, and rho = sigma / alpha."""
         kind, data = self.how.parameterization, self.how.of_data.kind
-        if kind != LEVELS or data != "centre":
+        if not self.has_decoder:
             raise ValueError(
                 f"a score with parameterization={kind!r} of data={data!r} has no learned decoder: "
                 "train with score.parameterization=levels and data.dequantization=centre, or "

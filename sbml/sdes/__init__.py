@@ -27,33 +27,22 @@ May import: core.
 """
 
 from sbml.core.registry import Registry, subclass
-from sbml.sdes.base import SDE, Kernel, Levels, Schedule
-from sbml.sdes.exploding import EDM, VE, LinearVE
-from sbml.sdes.interpolating import Cosine, RectifiedFlow
-from sbml.sdes.linear_beta import VP, SubVP
-from sbml.sdes.rescaled import Rescaled
-from sbml.sdes.table import AlphaBarTable, BetaSchedule
-from sbml.sdes.vdm import LinearGamma, MonotoneGamma
-
-__all__ = [
-    "EDM",
-    "SDE",
-    "SDES",
-    "VE",
-    "VP",
-    "AlphaBarTable",
-    "BetaSchedule",
-    "Cosine",
-    "Kernel",
-    "Levels",
-    "LinearGamma",
-    "LinearVE",
-    "MonotoneGamma",
-    "RectifiedFlow",
-    "Rescaled",
-    "Schedule",
-    "SubVP",
-]
+from sbml.sdes.base import SDE as SDE
+from sbml.sdes.base import Kernel as Kernel
+from sbml.sdes.base import Levels as Levels
+from sbml.sdes.base import Schedule as Schedule
+from sbml.sdes.exploding import EDM as EDM
+from sbml.sdes.exploding import VE as VE
+from sbml.sdes.exploding import LinearVE as LinearVE
+from sbml.sdes.interpolating import Cosine as Cosine
+from sbml.sdes.interpolating import RectifiedFlow as RectifiedFlow
+from sbml.sdes.linear_beta import VP as VP
+from sbml.sdes.linear_beta import SubVP as SubVP
+from sbml.sdes.rescaled import Rescaled as Rescaled
+from sbml.sdes.table import AlphaBarTable as AlphaBarTable
+from sbml.sdes.table import BetaSchedule as BetaSchedule
+from sbml.sdes.vdm import LinearGamma as LinearGamma
+from sbml.sdes.vdm import MonotoneGamma as MonotoneGamma
 
 SDES = Registry(
     "SDE",

@@ -221,17 +221,13 @@ class Levels(Kernel):
 
     def __post_init__(self) -> None:
         n, precision = len(self.stds), jnp.finfo(jnp.result_type(float))
-        if n < 2 or len(self.mean_coefs) != n:
-            raise ValueError(
-                f"{len(self.mean_coefs)} mean_coefs and {n} stds: give one of each for two or more "
-                "noise levels"
-            )
         least, most = float(precision.tiny), float(precision.max)
         positive = all(least <= std <= most for std in self.stds)
-        if not positive or not all(0 <= mean < math.inf for mean in self.mean_coefs):
+        finite = all(0 <= mean < math.inf for mean in self.mean_coefs)
+        if not (len(self.mean_coefs) == n >= 2 and positive and finite):
             raise ValueError(
-                f"mean_coefs={self.mean_coefs}, stds={self.stds}: need finite numbers, mean_coefs "
-                f"of at least 0 and stds of at least {least:.2g}"
+                f"mean_coefs={self.mean_coefs}, stds={self.stds}: give two or more finite numbers "
+                f"in each, mean_coefs of at least 0 and as many stds of at least {least:.2g}"
             )
 
     def mean_coef(self, t: Elementwise) -> Elementwise:
@@ -241,9 +237,7 @@ class Levels(Kernel):
         return self._at(self.stds, t)
 
     def rate(self, t: Elementwise) -> Elementwise:
-        raise ValueError(
-            "discrete noise levels have no likelihood weighting: choose the original weighting"
-        )
+        raise ValueError("discrete levels have no likelihood weighting: choose the original one")
 
     def _at(self, values: tuple[float, ...], t: Elementwise) -> Elementwise:
         t, last = jnp.asarray(t), len(values) - 1

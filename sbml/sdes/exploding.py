@@ -44,8 +44,7 @@ def _check_range(sigma_min: Number, sigma_max: Number) -> None:
     traced = scalars.is_traced(sigma_min, sigma_max)
     if not traced and not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(
-            f"sigma_min={sigma_min}, sigma_max={sigma_max}: "
-            "need finite numbers with 0 < sigma_min < sigma_max"
+            f"sigma_min={sigma_min}, sigma_max={sigma_max}: give finite 0 < sigma_min < sigma_max"
         )
 
 

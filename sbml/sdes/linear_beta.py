@@ -35,7 +35,7 @@ class _LinearBeta(ClosedForm):
         concrete = not scalars.is_traced(self.beta_min, self.beta_max)
         if concrete and not 0 < self.beta_min <= self.beta_max <= LARGEST_BETA:
             raise ValueError(
-                f"beta_min={self.beta_min}, beta_max={self.beta_max}: need numbers with "
+                f"beta_min={self.beta_min}, beta_max={self.beta_max}: give numbers with "
                 f"0 < beta_min <= beta_max <= {LARGEST_BETA:g}"
             )
 
@@ -85,7 +85,7 @@ class VP(_LinearBeta):
         if n <= self.beta_max:
             raise ValueError(
                 f"{n} noise levels with beta_max={self.beta_max}: the last beta is "
-                f"{self.beta_max / n:g}, not below 1; need more than {self.beta_max:g} levels"
+                f"{self.beta_max / n:g}, not below 1; give more than {self.beta_max:g} levels"
             )
         betas = np.linspace(self.beta_min / n, self.beta_max / n, n)
         log_mean = 0.5 * np.cumsum(np.log1p(-betas))

@@ -88,16 +88,16 @@ class AlphaBarTable(_Interpolated):
     def __post_init__(self) -> None:
         values = np.asarray(self.alpha_bars, np.float64)
         if values.ndim != 1 or len(values) < 2:
-            raise ValueError(f"alpha_bars of shape {values.shape}: need a list of two or more")
+            raise ValueError(f"alpha_bars of shape {values.shape}: give a list of two or more")
         if not (np.all(values > 0) and np.all(values < 1)):
             raise ValueError(
-                f"alpha_bars lie in [{values.min()}, {values.max()}]: need numbers in (0, 1). A "
+                f"alpha_bars lie in [{values.min()}, {values.max()}]: give numbers in (0, 1). A "
                 "last level without signal, alpha bar 0, has no log-SNR: leave it out"
             )
         if not np.all(np.diff(values) < 0):
             i = int(np.argmax(np.diff(values) >= 0))
             raise ValueError(
-                f"alpha_bars[{i}]={values[i]}, alpha_bars[{i + 1}]={values[i + 1]}: need "
+                f"alpha_bars[{i}]={values[i]}, alpha_bars[{i + 1}]={values[i + 1]}: give "
                 "decreasing numbers, where level 0 has the least noise"
             )
         if values[-1] > 0.5:

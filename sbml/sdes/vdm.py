@@ -70,8 +70,7 @@ class LinearGamma(_Gamma):
         ends = (self.gamma_0, self.gamma_1)
         if not scalars.is_traced(*ends) and not -math.inf < ends[0] < ends[1] < math.inf:
             raise ValueError(
-                f"gamma_0={self.gamma_0}, gamma_1={self.gamma_1}: need finite numbers with "
-                "gamma_0 < gamma_1"
+                f"gamma_0={self.gamma_0}, gamma_1={self.gamma_1}: give finite gamma_0 < gamma_1"
             )
 
     def gamma(self, t: Elementwise) -> Elementwise:

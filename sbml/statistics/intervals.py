@@ -76,15 +76,24 @@ def cell(value: Interval | float, sign: str = "+-") -> str:
 
 
 @typed
-def mean_interval(values: Values) -> Interval:
-    """The interval of the mean of ``values (n,)``; its half-width is infinite for one value."""
+def mean_interval(values: Values, skewed: bool = False) -> Interval:
+    """The interval of the mean of ``values (n,)``; its half-width is infinite for one value.
+
+    For ``skewed`` values, such as squares, the longer side of Hall's interval (JRSS B 1992) has
+
+        3 (1 - (1 - a t - a^2 / 6)^(1/3)) / a    for Student's t,    a = |skewness| / sqrt(n)
+    """
     values = np.asarray(values, np.float64)
     n = len(values)
     if not n:
         raise ValueError(f"values of shape {values.shape}: a mean needs at least one value")
     stderr = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
-    nonfinite = int(np.sum(~np.isfinite(values)))
-    return Interval(float(np.mean(values)), stderr, half_width(stderr, n - 1), n, nonfinite)
+    nonfinite, mean = int(np.sum(~np.isfinite(values))), float(np.mean(values))
+    half = half_width(stderr, n - 1)
+    if skewed and 0 < half < math.inf:
+        a = max(abs(float(np.mean(((values - mean) / stderr) ** 3))) / n**2, 1e-6)
+        half = float(3 * (1 - np.cbrt(1 - a * half / stderr - a**2 / 6)) / a) * stderr
+    return Interval(mean, stderr, half, n, nonfinite)
 
 
 def difference(one: Interval, other: Interval) -> Interval:

@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import jax
@@ -21,7 +21,7 @@ from jaxtyping import Integer, Num
 
 from sbml import likelihood
 from sbml.core import bits
-from sbml.core.pytrees import Static
+from sbml.core.pytrees import Static, mapped
 from sbml.core.scalars import Number
 from sbml.core.streams import stream
 from sbml.core.types import (
@@ -240,6 +240,23 @@ def _is_node(value: PyTree) -> bool:
     return dataclasses.is_dataclass(value) and not jax.tree_util.treedef_is_leaf(structure)
 
 
+def each(
+    f: Callable[..., PyTree],
+    score: Score,
+    rows: tuple[PyTree, ...],
+    conditions: PyTree,
+    size: int | None = None,
+) -> PyTree:
+    """``f(score, *row)`` of every row, with the score under the row's condition, at most ``size``
+    of them at once; ``rows`` and ``conditions`` are trees of arrays ``(n, ...)``, or None."""
+
+    def one(row: PyTree) -> PyTree:
+        own, condition = row
+        return f(conditioned(score, condition), *own)
+
+    return mapped(one, (rows, conditions), size)
+
+
 def rows(
     estimator: Estimator,
     target: Target,
@@ -264,9 +281,8 @@ def rows(
         if reason:
             raise ValueError(f"{target.dequantizer}: {reason}")
 
-    def one(data: OneExample, key: Key, u: Vector | None, condition: PyTree) -> dict[str, Array]:
-        given = conditioned(score, condition)
-        terms, nfe = estimator.one(given, params, data, key, u, target)
+    def one(score: Score, data: OneExample, key: Key, u: Vector | None) -> dict[str, Array]:
+        terms, nfe = estimator.one(score, params, data, key, u, target)
         if unnamed := set(terms) - {*estimator.terms, *estimator.columns}:
             raise ValueError(
                 f"{type(estimator).__name__} computes {sorted(unnamed)}, which would not be added "
@@ -276,4 +292,5 @@ def rows(
             terms = {name: bits.nats_to_bits(term, data.shape) for name, term in terms.items()}
         return {**terms, "nfe": jnp.asarray(nfe)}
 
-    return jax.vmap(one)(batch.data, batch.keys(), u, batch.condition)
+    found: dict[str, Array] = each(one, score, (batch.data, batch.keys(), u), batch.condition)
+    return found

@@ -146,12 +146,13 @@ def check_score(config: Config, metadata: Metadata) -> None:
     This is checked before the arrays are compared, because the name of a field explains an error
     better than the shape of an array.
     """
-    _refuse(_differences(config, metadata, "sde", "score", "model"))
+    different = _differences(config, metadata, "sde", "score", "model")
     if config.score.parameterization == LEVELS:
         # Its score depends on the number of levels, and on whether the data are bin centres.
         levels = _differences(config, metadata, "data.levels")
         kinds = _differences(config, metadata, "data.dequantization")
-        _refuse(levels + [kind for kind in kinds if "centre" in kind])
+        different += levels + [kind for kind in kinds if "centre" in kind]
+    _refuse(different)
     tau = config.eval.tau or math.inf
     eps = smallest_time(config.sde.build(), config.training, config.data, tau)
     _, _, trained_eps = _noise(metadata)

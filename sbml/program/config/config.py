@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from sbml import data, dequantizers
 from sbml.core import registry
+from sbml.core.door import brief
 from sbml.core.registry import hint, listed
 from sbml.core.scalars import notation
 from sbml.core.types import Json
@@ -194,8 +195,7 @@ def load(config: str) -> ConfigDict:
         )
     if not isinstance(found, ConfigDict):
         raise ValueError(
-            f"--config={path}: get_config() returned {type(found).__name__}; return a ConfigDict, "
-            "as the files of configs/ do"
+            f"--config={path}: get_config() returned {type(found).__name__}; return a ConfigDict"
         )
     return found
 
@@ -227,22 +227,15 @@ def of_checkpoint(
     checkpoints = Training().checkpoints(Workdir(workdir))
     metadata = checkpoints.metadata()
     if metadata is None:
-        raise ValueError(
-            f"no checkpoint in {checkpoints.directory} to take the config from: give --config"
-        )
+        raise ValueError(f"no checkpoint in {checkpoints.directory} with a config: give --config")
     stored = flatten_dict(metadata["config"], sep=".")
     with registry.only({*trust, *parts_in(overrides)}):
         try:
             kinds = (("model.name", "ncsnpp"), ("dequantizer.name", "variational"))
             config = default(*(stored.get(name, usual) for name, usual in kinds)).to_dict()
             for name, value in stored.items():
-                with errors_of(f"{name}={notation(value)}"):
+                with errors_of(f"{notation(name)}={brief(value, notation)}"):
                     node, last = node_of(config, name)
-                    if last not in node and name.rpartition(".")[0] not in OPEN:
-                        raise ValueError(
-                            f"the checkpoint has a field config.{name}, which this version of sbml "
-                            "does not have"
-                        )
                 node[last] = as_tuples(value)
             return _with_overrides(config, overrides)
         except ValueError as error:

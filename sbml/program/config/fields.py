@@ -5,7 +5,7 @@
 From this line come the default, the check of a value, the message of its error, a line of
 ``--help=optim`` and a row in the documentation. A wrong value raises a ValueError of this form:
 
-    optim.lr=0: need a number above 0 and at most 1
+    optim.lr=0: give a number above 0 and at most 1
 
 A section with a choice, such as the network, has a name and the fields of the class of that name
 (:class:`Chosen`). An SDE, network or sampler with fields of its own is thus one file.
@@ -27,6 +27,8 @@ import pydantic
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, Field
 
+from sbml.core import door
+from sbml.core.door import brief
 from sbml.core.registry import Registry, hint, listed
 from sbml.core.scalars import notation
 
@@ -73,6 +75,11 @@ class Among:
         return name
 
 
+def hint_of(found: pydantic.fields.FieldInfo) -> Any:
+    """The annotation of a field with the rules for its values."""
+    return Annotated[found.annotation, *found.metadata, ""]
+
+
 def among(choices: Collection[str]) -> AfterValidator:
     """The annotation of a name that must be one of ``choices``."""
     return AfterValidator(Among(choices))
@@ -97,59 +104,12 @@ def refusal(
 ) -> ValueError:
     """The error for a field ``name`` with an invalid ``value``; ``needs`` says what is valid, and
     ``wrong`` is the part of the value that is none of the ``choices``, if there are any."""
-    return ValueError(f"{name}={notation(value)}: {hint(wrong, choices, f'need {needs}')}")
-
-
-def _unwrapped(annotation: Any, rules: Collection[Any] = ()) -> tuple[Any, list[Any]]:
-    """The type in an annotation, and the rules for its values, with those in ``rules``."""
-    found = [*rules]
-    while typing.get_origin(annotation) is Annotated:
-        annotation, *more = typing.get_args(annotation)
-        found += [rule for inner in more for rule in getattr(inner, "metadata", [inner])]
-    return annotation, found
-
-
-def needs(annotation: Any, rules: Collection[Any] = (), plural: bool = False) -> str:
-    """What a value must be, in words: "an integer of at least 1 and below 2^31, or None"."""
-    kind, rules = _unwrapped(annotation, rules)
-    kinds = typing.get_args(kind)
-    if NoneType in kinds:
-        return f"{needs(_present(kinds), rules)}, or None"
-    if typing.get_origin(kind) is tuple:
-        count = len(kinds) if Ellipsis not in kinds else "one or more"
-        return f"{count} {needs(kinds[0], plural=True)}"
-    if choices := _choices(kind, rules):
-        names = ", ".join(sorted(filter(None, choices)))
-        nothing = ", or nothing" * ("" in choices)
-        return f"{'' if plural else 'one '}of {names}{nothing}"
-    kinds_in_words = {bool: "True or False", str: "text", int: "an integer", float: "a number"}
-    kinds_in_words |= {int: "integers", float: "numbers", str: "names"} if plural else {}
-    limits = []
-    for name, word in (("gt", "above"), ("ge", "of at least"), ("lt", "below"), ("le", "at most")):
-        bounds = [b for rule in rules if (b := getattr(rule, name, None)) is not None]
-        if bounds:  # The tightest counts.
-            bound = (max if name[0] == "g" else min)(bounds)
-            power = int(bound).bit_length() - 1
-            is_power = bound == 2**power > 2**15
-            limits.append(f"{word} {f'2^{power}' if is_power else notation(float(bound), 'g')}")
-    return f"{kinds_in_words.get(kind, kind)} {' and '.join(limits)}".strip()
-
-
-def _choices(annotation: Any, rules: Collection[Any] = ()) -> Collection[str]:
-    """The names among which a value, or each part of it, must be; () if it is no such name."""
-    kind, rules = _unwrapped(annotation, rules)
-    kinds = typing.get_args(kind)
-    if NoneType in kinds:
-        return _choices(_present(kinds), rules)
-    if typing.get_origin(kind) is tuple:
-        return _choices(kinds[0])
-    functions = (getattr(rule, "func", None) for rule in rules)
-    return next((each.choices for each in functions if isinstance(each, Among)), ())
+    return ValueError(f"{name}={brief(value, notation)}: {hint(wrong, choices, f'give {needs}')}")
 
 
 def _is_plain(annotation: Any) -> bool:
     """Whether a text on the command line can stand for a value of this type."""
-    kind, _ = _unwrapped(annotation)
+    kind = door.unwrapped(annotation)[0]
     if typing.get_origin(kind) not in (tuple, typing.Union, UnionType):
         return kind in (int, float, bool, str)
     inner = {*typing.get_args(kind)} - {NoneType, Ellipsis}
@@ -164,7 +124,7 @@ def _present(kinds: tuple[Any, ...]) -> Any:
 def _parsed(text: str, annotation: Any) -> Any:
     """The value that ``text`` stands for in a field of this type; the text itself if it stands for
     none, which the field then refuses."""
-    kind, _ = _unwrapped(annotation)
+    kind = door.unwrapped(annotation)[0]
     kinds = typing.get_args(kind)
     if NoneType in kinds:
         return None if text == "None" else _parsed(text, _present(kinds))
@@ -219,7 +179,7 @@ class Section(pydantic.BaseModel):
         if isinstance(kind, type) and issubclass(kind, Section) and isinstance(value, Mapping):
             return kind(**value)
         value = _parsed(value, kind) if isinstance(value, Override) else as_tuples(value)
-        if _beyond_float32(value):
+        if _beyond_float32(value) or (isinstance(value, str) and "\n" in value):
             raise ValueError
         if isinstance(value, tuple) and value and all(isinstance(name, str) for name in value):
             return tuple(n.strip() for name in value for n in name.split(",") if n.strip())
@@ -273,16 +233,17 @@ def _line(kind: type[Section], values: Mapping[str, Any], error: Any) -> str:
     of_section = isinstance(found.annotation, type) and issubclass(found.annotation, Section)
     if cause is not None and str(cause):
         return str(cause) if of_section else f"{kind.name_of(name)}: {cause}"
-    wanted = "a section" if of_section else needs(found.annotation, found.metadata)
+    wanted = "a section" if of_section else door.needs(hint_of(found))
     if _beyond_float32(error["input"]) or _beyond_float32(_parsed(str(error["input"]), float)):
         ends = " to ".join(notation(end, ".2g") for end in (SMALLEST, LARGEST))
         wanted += f", in float32, whose range is {ends}"
-    choices = _choices(found.annotation, found.metadata)
+    choices = door.choices(hint_of(found))
     return str(refusal(kind.name_of(name), values.get(name), wanted, str(error["input"]), choices))
 
 
 def unknown(section: str, name: str, fields: Collection[str]) -> str:
     """The message for a field that ``section`` does not have."""
+    name = brief(name, notation)
     where, own = f"config.{section}".rstrip("."), f"{section}.".lstrip(".")
     names = listed(name, sorted(fields)) or "none"
     return f"{where} has no field {name}: {hint(name, fields, f'it has {names}', own)}"

@@ -14,7 +14,7 @@ from sbml.core import door
 from sbml.core.registry import hint, listed
 from sbml.core.scalars import notation
 from sbml.program.config.config import Config
-from sbml.program.config.fields import Chosen, Section, needs
+from sbml.program.config.fields import Chosen, Section, hint_of
 from sbml.program.runtime import refusals
 
 
@@ -43,12 +43,11 @@ def rows(section: Section) -> list[Row]:
         if isinstance(value, Section):
             continue
         if name in known and (meaning := known[name].description):
-            wanted = needs(known[name].annotation, known[name].metadata)
+            wanted = door.needs(hint_of(known[name]))
         else:
             own = typing.get_type_hints(_origin(section), include_extras=True)[name]
             wanted = door.needs(own)
             meaning = f"field of {_choice(section) or 'its class'}"
-        wanted = "True or False" if wanted == "bool" else wanted
         found.append(Row(section.name_of(name), notation(value), wanted, meaning))
     return found
 
@@ -130,8 +129,7 @@ INTRODUCTION = """# Fields of a config
 A config file sets these fields, and `--config.FIELD=VALUE` sets them on the command line.
 `--help=SECTION` shows the fields of one section in a terminal. The fields of the network, the SDE
 and the dequantizer are explained by their classes ({py:mod}`sbml.networks`, {py:mod}`sbml.sdes`,
-{py:mod}`sbml.dequantizers`), whose text `--help=SECTION` also shows. Names of earlier
-versions, such as `eval.rtol` for `eval.ode.rtol`, are still read; a warning tells the new names.
+{py:mod}`sbml.dequantizers`), whose text `--help=SECTION` also shows.
 """
 
 

@@ -129,9 +129,8 @@ def _unchanged(path: Path, shape: tuple[int, ...], levels: int) -> np.ndarray:
         pixels = np.asarray(image).reshape(image.height, image.width, -1)
         if image.mode != expected or pixels.shape != shape or pixels.max() >= levels:
             raise ValueError(
-                f"it has the mode {image.mode}, the shape {pixels.shape} and the largest pixel "
-                f"{pixels.max()}, but the model has images of mode {expected}, shape {shape} and "
-                f"{levels} levels"
+                f"it has mode {image.mode}, shape {pixels.shape} and largest pixel {pixels.max()},"
+                f" but the model has images of mode {expected}, shape {shape} and {levels} levels"
             )
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             raise ValueError("its EXIF orientation, which says how to turn it, would be lost")

@@ -20,6 +20,7 @@ from sbml.core.progress import Bar
 from sbml.core.pytrees import in_batches
 from sbml.core.streams import stream
 from sbml.core.types import Array, Key, Score, conditioned
+from sbml.density.estimate import Estimate
 from sbml.program.config.build import Experiment
 from sbml.program.config.trained import Trained
 from sbml.program.report.pictures import image_grid
@@ -197,3 +198,12 @@ def grid(experiment: Experiment, images: np.ndarray, columns: int | None = None)
     # A column has the samples of one class, unless there are too many classes for this.
     columns = columns or (classes if 0 < classes <= 2 * square else square)
     return image_grid(images, experiment.levels, columns=columns, scale=scale)
+
+
+def from_model(found: Estimate, shape: tuple[int, ...]) -> str:
+    """A gap in nats (``Density.gap``) of samples of ``shape``, in words and in bits/dim."""
+    value, half = (bits.nats_to_bits(v, shape) for v in (found.mean, found.population.ci95))
+    return (
+        f"{value:z.4f} +- {half:.4f} bits/dim from the model (KL from the ODE's density, before "
+        f"rounding, {found.population.n} samples)"
+    )

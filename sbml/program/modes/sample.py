@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from absl import logging
 
-from sbml.core import bits
 from sbml.core.streams import stream
 from sbml.program.config import compatibility
 from sbml.program.config.build import Experiment
@@ -112,8 +111,4 @@ def gap(trained: Trained, sampler: Sampler) -> str:
         return f"{steps} steps of {name}: the distance to the model is not known: {error}"
     for warning in found.warnings("eval.ode."):
         logging.warning("gap: %s", warning)
-    unit = bits.nats_to_bits(1.0, density.shape)
-    return (
-        f"{steps} steps of {name}: {unit * found.mean:z.4f} +- {unit * found.population.ci95:.4f} "
-        f"bits/dim from the model (KL from the ODE's density, before rounding, {COMPARED} samples)"
-    )
+    return f"{steps} steps of {name}: {samples.from_model(found, density.shape)}"

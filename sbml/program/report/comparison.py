@@ -22,7 +22,9 @@ from sbml.core.types import Json
 from sbml.program.report import page, plots, result, summary
 from sbml.program.runtime import metrics
 from sbml.program.runtime.workdir import EVALUATION, Workdir
-from sbml.statistics.intervals import mean_interval
+from sbml.statistics.intervals import Interval, mean_interval
+
+Table = tuple[np.ndarray, np.ndarray]  # the ids (n,) and the bits/dim (n,) of images
 
 COLUMNS, ROWS = 8, 4  # of a grid of samples
 # The rows of the table of a cell: heading, key and format.
@@ -47,7 +49,7 @@ class Run:
       name: the name of the run on the page.
       evaluation: the content of ``evaluation.json``.
       results: the results by their names.
-      bits: for each result, the ids ``(n,)`` and the bits/dim ``(n,)`` of the images.
+      bits: for each result, those of the images.
       seconds: the duration of the training in seconds; None if it is not known.
       samples: uint8 ``(m, h, w, c)``; None if there are none of the checkpoint that was evaluated.
       quality: measures of the quality of the samples, by name.
@@ -56,7 +58,7 @@ class Run:
     name: str
     evaluation: Json
     results: Mapping[str, Json]
-    bits: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    bits: Mapping[str, Table]
     seconds: float | None
     samples: np.ndarray | None
     quality: Mapping[str, float]
@@ -104,6 +106,12 @@ def short_names(workdirs: Sequence[Workdir]) -> list[str]:
     return names
 
 
+def paired(of: Table, first: Table) -> Interval | None:
+    """The mean difference of two tables over the images that both have; None if there are none."""
+    _, here, there = np.intersect1d(of[0], first[0], return_indices=True)
+    return mean_interval(of[1][here] - first[1][there]) if len(here) else None
+
+
 def compare(runs: Sequence[Run]) -> Json:
     """The numbers of the page as plain values: ``runs``, the fingerprint ``data`` of the images,
     ``cells`` with a row for each run, and ``lacking``: for each run, what it does not have but
@@ -143,15 +151,10 @@ def compare(runs: Sequence[Run]) -> Json:
     def row(run: Run, name: str) -> Json:
         shown = ("bits_per_dim", "interval", "n", "smallest_time", "nfe_mean", "converged")
         found = {"run": run.name, **{key: run.results[name].get(key) for key in shown}}
-        if run is not first:
-            (ids, bits), (first_ids, first_bits) = run.bits[name], first.bits[name]
-            common, here, there = np.intersect1d(ids, first_ids, return_indices=True)
-            if len(common):
-                gap = mean_interval(bits[here] - first_bits[there])
-                found |= {"difference": gap.mean, "difference_interval": list(gap.bounds)}
-                low, high = gap.bounds
-                found["pairs"] = gap.n
-                found["verdict"] = "better" if high < 0 else "worse" if low > 0 else "unclear"
+        if run is not first and (gap := paired(run.bits[name], first.bits[name])):
+            low, high = gap.bounds
+            found |= {"difference": gap.mean, "difference_interval": [low, high], "pairs": gap.n}
+            found["verdict"] = "better" if high < 0 else "worse" if low > 0 else "unclear"
         return found
 
     return {

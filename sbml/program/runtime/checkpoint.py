@@ -283,8 +283,7 @@ class Checkpoints:
                 if leaf != of_model:
                     raise OtherModelError(
                         f"{path} is of another model. First difference: it holds {_text(leaf)}, "
-                        f"this model has {_text(of_model)}. Use the configuration that saved it, "
-                        "or a new directory"
+                        f"this model has {_text(of_model)}. Use its configuration, or a new folder"
                     )
             state = ocp.load(path, like, checkpointable_name="state")
             # All are computed before the comparison: all processes must take part in gathering.
@@ -416,10 +415,8 @@ def _manifest(path: epath.Path) -> Json:
     """``step``, ``leaves``, ``crc32s`` and ``metadata`` of the checkpoint ``path``, whose name is
     its step."""
     manifest = get_step_metadata(path).custom_metadata
-    if not manifest:
-        raise DamagedCheckpointError("its metadata holds no manifest")
-    if _text_crc32(manifest["manifest"]) != manifest["crc32"]:
-        raise DamagedCheckpointError("its metadata fails its CRC32")
+    if not manifest or _text_crc32(manifest["manifest"]) != manifest["crc32"]:
+        raise DamagedCheckpointError("its metadata has no manifest, or fails its CRC32")
     if (found := manifest["manifest"].get("format")) != FORMAT:
         raise OtherModelError(
             f"{path} has the format {found}, and this version of sbml reads the format {FORMAT}: "

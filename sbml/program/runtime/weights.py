@@ -123,11 +123,10 @@ def _tensor(
     storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
 ) -> np.ndarray:
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if min(offset, 0, *size, *stride) < 0 or (0 not in size and last >= storage.size):
-        raise pickle.UnpicklingError(f"a tensor {tuple(size)} goes beyond its storage")
-    if math.prod(size) > storage.size:
+    beyond = 0 not in size and last >= storage.size or math.prod(size) > storage.size
+    if beyond or min(offset, 0, *size, *stride) < 0:
         raise pickle.UnpicklingError(
-            f"a tensor {tuple(size)} of more numbers than its storage, {storage.size}"
+            f"its size {tuple(size)} claims a tensor that goes beyond its storage"
         )
     strides = [step * storage.itemsize for step in stride]
     return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)

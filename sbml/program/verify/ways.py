@@ -13,7 +13,7 @@ claim to describe.
 import math
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -27,22 +27,26 @@ from sbml.audit import oracle
 from sbml.audit.table import EPS, Row, row
 from sbml.codec import Chain, Codec, bits_back, stack
 from sbml.core.scalars import Number
-from sbml.core.types import Array
+from sbml.core.types import Array, Key
 from sbml.data import Options, load
 from sbml.density.estimators.base import Target
 from sbml.density.estimators.bound import InSteps
+from sbml.density.posterior import Importance
 from sbml.dequantizers import uniform
 from sbml.likelihood.ode import Solver
-from sbml.program.evaluation import coding, densities
+from sbml.program.evaluation import coding, densities, samples
+from sbml.program.report.comparison import paired
+from sbml.samplers import DDIM, Ancestral
 from sbml.score.divergence import Trace
-from sbml.sdes import SDE, SDES
+from sbml.sdes import SDE, SDES, Schedule
+from sbml.statistics.intervals import Interval, difference, mean_interval
 
 FAR = SDES["vp"](beta_max=40.0)  # alpha(T) = 4e-5
-NEAR = SDES["vp"](beta_max=2.0)  # alpha(T) = 0.6
 SOLVER = Solver(rtol=1e-7, atol=1e-7)
 EULER = Solver("euler", fixed_steps=200)
 PRIOR = 0.8, 0.2  # of the classes
 Data = oracle.Gaussian | oracle.Mixture | oracle.Classes
+Law = Callable[[float, DDIM | None], tuple[np.ndarray, np.ndarray]]
 
 
 def density(data: Data, sde: SDE, d: int = 2, eps: Number = EPS) -> Density:
@@ -62,6 +66,12 @@ def mean_row(name: str, of: str, gaps: np.ndarray, truth: float = 0.0, slack: fl
     and ``slack``."""
     error = 5 * float(np.std(gaps)) / math.sqrt(gaps.size) + slack
     return row(name, of, truth + gaps.mean(), truth, error / max(1.0, abs(truth)))
+
+
+def covers_row(name: str, of: str, found: Sequence[Interval], truth: float) -> Row:
+    """The share of the 95% intervals that contain ``truth``, within five standard errors."""
+    share = np.mean([abs(each.mean - truth) <= each.ci95 for each in found])
+    return row(f"{name}, coverage", of, share, 0.95, 5 * math.sqrt(0.95 * 0.05 / len(found)))
 
 
 def ratio_row(name: str, of: str, found: float, true: float, tolerance: float) -> Row:
@@ -113,10 +123,7 @@ class Exponential:
 
 
 def class_rows(name: str) -> Iterator[Row]:
-    """All methods, for two classes of data y = exp(2 x): Gaussians, and the tails of Student's t.
-
-    The target of the importance weights is normal in x. If q is its density, the standard error of
-    log Z is sqrt(E_q[q / p] - 1) / sqrt(n)."""
+    """All methods for two classes of data y = exp(2 x): Gaussians, and the tails of Student's t."""
     data, n = oracle.classes(FAR), 256
     of = replace(density(data, FAR), transform=Exponential(), subset=n)
     x = [data.of(c).sample(c, n) for c in range(2)]
@@ -142,21 +149,6 @@ def class_rows(name: str) -> Iterator[Row]:
     joint = np.log(PRIOR) + np.stack([log_p(i, y[0]) for i in range(2)], 1)
     truth = special.log_softmax(joint, axis=1)
     yield row("classify, prior 0.8 and 0.2", name, posterior, truth, 1e-3)
-    mean, std, log_z = np.asarray(data.of(0).parts.mean[0]), 0.15, 1.7
-
-    def target(y: Array) -> Array:
-        z = (jnp.log(y) / 2 - mean) / std
-        log_q = -0.5 * jnp.sum(z**2) - 2 * jnp.log(std * jnp.sqrt(2 * jnp.pi))
-        return log_z + log_q - jnp.sum(jnp.log(2 * y))
-
-    found = of.importance(jax.random.key(1), n, target, jnp.asarray(0)).log_z
-    line = std * np.linspace(-8, 8, 201)
-    grid = mean + np.stack([a.ravel() for a in np.meshgrid(line, line)], 1)
-    log_q = stats.norm.logpdf(grid, mean, std).sum(1)
-    second = np.exp(2 * log_q - data.of(0).log_prob(grid, EPS)).sum() * (line[1] - line[0]) ** 2
-    stderr = math.sqrt((second - 1) / n)
-    yield row("importance, log Z", name, found.mean, log_z, 5 * stderr / log_z)
-    yield ratio_row("importance, standard error of log Z", name, found.stderr, stderr, 0.4)
 
 
 def steps_rows(name: str) -> Iterator[Row]:
@@ -232,20 +224,6 @@ def solver_rows(name: str) -> Iterator[Row]:
     yield ratio_row("logp, solver's error", name, coarse.solver_error.mean, true, 0.1)
 
 
-def prior_rows(name: str) -> Iterator[Row]:
-    """The error that the prior in place of p_T makes."""
-    gaussian = oracle.gaussian(NEAR)
-    data = oracle.as_mixture(replace(gaussian, mean=gaussian.mean + 1))
-    x = data.sample(0, 2048)
-    of = replace(density(data, NEAR, 3), solver=Solver(rtol=1e-4, atol=1e-4))
-    found = of.logp(x, check=False)
-    assert found.prior_error is not None
-    gaps = data.log_prob(x, EPS) - found.values
-    yield mean_row(
-        "logp, error of the prior", name, gaps - found.prior_error.mean, found.prior_error.mean
-    )
-
-
 def loss_rows(name: str) -> Iterator[Row]:
     """The loss of training with the exact score of independent normal entries, in units of its
     expectation: with the weight w,
@@ -301,6 +279,141 @@ def table_rows(name: str) -> Iterator[Row]:
     yield row("table, log p of the Gaussian", name, known, truth, 1e-4)
 
 
+class Half(Schedule):
+    """x_t = (1 - t) x_0 + t z up to t = 1/2; from there, the stretch S = 2 leads to T."""
+
+    @property
+    def largest_time(self) -> float:
+        """See ``Kernel``."""
+        return 0.5
+
+
+HALF, LAST = Half(lambda t: 1 - t, lambda t: t), 0.02  # LAST is eps.
+DRAWN, NOISY = DDIM(10, "time"), Ancestral(10)
+
+
+def of_steps(v: np.ndarray, eta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """alpha, a and c of DDIM's steps u -> a u + c z of u = x - alpha m, if x_0 has variances v."""
+    s = np.linspace(0.5, LAST, DRAWN.steps + 1)[:, None]
+    alpha, gain = 1 - s, (1 - s) * v / ((1 - s) ** 2 * v + s**2)
+    c = eta * s[1:] / s[:-1] * np.sqrt(s[:-1] ** 2 - (alpha[:-1] / alpha[1:] * s[1:]) ** 2)
+    rest = np.sqrt(s[1:] ** 2 - c**2) / s[:-1]
+    return alpha, rest + (alpha[1:] - rest * alpha[:-1]) * gain[:-1], c
+
+
+def few_steps() -> tuple[Density, Law, oracle.Gaussian]:
+    """The density of x whose mean is the condition c times m; the mean and the standard deviation
+    of x given c by a sampler, or None for the ODE; and x for c = 1.
+
+    A latent z gives x = c m alpha(eps) + a (z - c m) / 2, where a belongs to the sampler."""
+    data = oracle.diagonal(HALF, 5)
+    mean, v = np.asarray(data.mean), np.asarray(data.eigenvalues)
+
+    def score(x: Array, t: Array, key: Key | None, c: Array) -> Array:
+        return replace(data, mean=c * data.mean).score(x, t)
+
+    def law(c: float, sampler: DDIM | None) -> tuple[np.ndarray, np.ndarray]:
+        flow = np.sqrt(((1 - LAST) ** 2 * v + LAST**2) / (0.25 * v + 0.25))
+        a = of_steps(v, 0)[1].prod(0) if sampler else flow
+        return c * mean * (1 - LAST - a / 2), a / 2
+
+    of = replace(density(data, HALF, 15, LAST), score=score, batch_size=128, subset=128)
+    return replace(of, solver=Solver(rtol=1e-5, atol=1e-5)), law, data
+
+
+def sampler_rows(name: str) -> Iterator[Row]:
+    """The densities of samplers with few steps for y = exp(2 x), and the gap to the ODE."""
+    (of, law, data), n, key = few_steps(), 128, jax.random.key(0)
+    of = replace(of, transform=Exponential())
+    y, found = of.sample_and_log_prob(key, n, 2.0, sampler=DRAWN)
+    truth = stats.norm.logpdf(np.log(y) / 2, *law(2.0, DRAWN)) - np.log(2 * y)
+    yield row("sample_and_log_prob, DDIM", name, found, truth.sum(1), 1e-9)
+    path, own = of.sample_path(key, 4 * n, 2.0, sampler=NOISY)
+    other, x = np.asarray(of.path_log_prob(path, 1.8).total), np.asarray(path.x)
+    alpha, a, c = of_steps(np.asarray(data.eigenvalues), 1)
+    u = x - 1.8 * alpha * np.asarray(data.mean)
+    truth = stats.norm.logpdf(x[:, 0], scale=0.5) - 2 * x[:, -1] - math.log(2)
+    truth += stats.norm.logpdf(u[:, 1:], a * u[:, :-1], c).sum(1)
+    yield row("path_log_prob", name, other, truth.sum(1), 1e-9)
+    yield mean_row("E[P'/P] of paths", name, np.expm1(other - own.total), 1.0)
+    runs = [of.gap(jax.random.key(i), n, 2.0, sampler=DRAWN) for i in range(32)]
+    (m, s), (of_m, of_s) = law(2.0, DRAWN), law(2.0, None)
+    kl = 0.5 * np.sum((s**2 + (m - of_m) ** 2) / of_s**2 - 1 - 2 * np.log(s / of_s))
+    yield mean_row("gap", name, np.array([each.mean for each in runs]) - kl, kl)
+    yield covers_row("gap", name, [each.population for each in runs], kl)
+    noisy = replace(of, trace=Trace("gaussian", 1)).gap(key, n, 2.0, sampler=DRAWN)
+    yield row("gap, random probes", name, noisy.values, runs[0].values, 1e-9)
+    said = float(samples.from_model(noisy, of.shape).split()[0])
+    yield row("gap in bits/dim", name, said, noisy.mean / (15 * math.log(2)), 1e-4)
+
+
+def weights_rows(name: str) -> Iterator[Row]:
+    """Weights of samples x of N(m, s^2) for exp(-1/2 |g|^2), where g = (x - m) / (w s). For w < 1,
+    y = exp(2 x) are weighted; for w > 1, walks in y would be slow. With c = sum log(sqrt(2 pi) s),
+
+        log weight = c + 1/2 (w^2 - 1) |g|^2,      E weight^2 = Z^2 / (w sqrt(2 - w^2))^d
+    """
+    (of, law, _), n, d = few_steps(), 512, 15
+
+    def weights(w: float, sampler: DDIM | None) -> tuple[float, Importance]:
+        m, s = law(2.0, sampler)
+        f = Exponential() if w < 1 else None
+
+        def log_target(y: Array) -> Array:
+            x, log_det = f.inverse_and_log_det(y) if f else (y, 0.0)
+            return log_det - 0.5 * jnp.sum(((x - m) / (w * s)) ** 2)
+
+        of_y, key = replace(of, transform=f), jax.random.key(0)
+        found = of_y.importance(key, n, log_target, 2.0, sampler=sampler)
+        return float(np.log(math.sqrt(2 * math.pi) * s).sum()), found
+
+    second = (0.8 * math.sqrt(2 - 0.8**2)) ** -d
+    stderr = math.sqrt((second - 1) / n)
+    for label, sampler in (("ODE", None), ("DDIM", DRAWN)):
+        title, (c, found) = f"importance, {label}", weights(0.8, sampler)
+        log_z, error = c + d * math.log(0.8), found.log_z.stderr
+        yield row(f"{title}, log Z", name, found.log_z.mean, log_z, 5 * stderr / abs(log_z))
+        yield ratio_row(f"{title}, standard error of log Z", name, error, stderr, 0.4)
+        yield ratio_row(f"{title}, sample size", name, found.effective, n / second, 0.4)
+        yield row(f"{title}, marked", name, found.heavy_tailed, 0, 0)
+    c, found = weights(1.4, DRAWN)
+    squares = stats.chi2(d).ppf((np.arange(4096) + 0.5) / 4096)
+    above = c + 0.5 * (1.4**2 - 1) * squares - found.log_weights.max()
+    missing = -np.expm1(-above.clip(0))
+    tolerance = 5 * missing.std() / math.sqrt(4 * of.subset)
+    yield row("importance, wide, missing", name, found.missing, missing.mean(), tolerance)
+    yield row("importance, wide, marked", name, found.heavy_tailed, 1, 0)
+
+
+def prior_rows(name: str) -> Iterator[Row]:
+    """The error that the prior in place of p_T makes. Given x_0, x_T is x_0 + z; its mean is
+    computed as if x at eps were x_0."""
+    of, law, data = few_steps()
+    mean, v = (1 - LAST) * 3 * data.mean, (1 - LAST) ** 2 * data.eigenvalues + LAST**2
+    x = normal(replace(data, mean=mean, eigenvalues=v), 2048)
+    found = of.logp(x, 3.0, check=False)
+    assert found.prior_error is not None
+    error, truth = found.prior_error.mean, stats.norm.logpdf(x, mean, np.sqrt(v)).sum(1)
+    yield mean_row("logp, error of the prior", name, truth - found.values - error, error, 0.1)
+    x = 0.2 * np.ones((2, 15))
+    p = special.softmax([stats.norm.logpdf(x[0], *law(c, None)).sum() for c in (-0.5, 0.5)])
+    true = 2 * float(np.linalg.norm(x[0]) * p.prod())
+    given = of.classify(x, np.array([-0.5, 0.5])).prior
+    yield ratio_row("classify, error of the prior", name, given, true, 0.02)
+
+
+def interval_rows(name: str) -> Iterator[Row]:
+    """Intervals of differences, of independent values and of the same images."""
+    rng, ids = np.random.default_rng(0), np.arange(400)
+    both = [[mean_interval(rng.normal(0, s, n)) for s, n in ((1, 30), (3, 10))] for _ in ids]
+    found = [difference(*each) for each in both]
+    yield covers_row("difference of two means", name, found, 0.0)
+    common, noise, order = rng.normal(size=400), rng.normal(0, 0.1, 400), rng.permutation(400)
+    gap = paired((ids, common + noise), (order, common[order]))
+    assert gap is not None
+    yield ratio_row("paired difference, standard error", name, gap.stderr, 0.1 / 20, 0.2)
+
+
 def codec_rows(name: str) -> Iterator[Row]:
     """The mean number of bits of an image in a file, and its bound in the same steps.
 
@@ -338,8 +451,11 @@ ONCE: tuple[Callable[[str], Iterator[Row]], ...] = (
     steps_rows,
     draws_rows,
     solver_rows,
-    prior_rows,
     loss_rows,
     table_rows,
+    sampler_rows,
+    weights_rows,
+    prior_rows,
+    interval_rows,
     codec_rows,
 )

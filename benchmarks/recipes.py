@@ -38,7 +38,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from recipe_table import CELLS, table
 
-sys.path.append(str(pathlib.Path(__file__).parents[1]))  # experiments/ is not installed.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # experiments/ is not installed.
 
 from experiments.grid import (
     claimed,

@@ -47,7 +47,7 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -131,7 +131,7 @@ class Plan:
 
     out: pathlib.Path
     groups: tuple[tuple[tuple[Run, ...], tuple[str, ...]], ...]
-    steps: dict[str, tuple[int, ...]]
+    steps: Mapping[str, tuple[int, ...]]
     settings: tuple[tuple[float, float], ...] = SETTINGS
     recipe: str = ""
     optimizer: str = "muon"
@@ -277,7 +277,7 @@ def compute(plan: Plan, run: Run, config: ConfigDict, folder: str, measures: Seq
             return {"measure": name, **about, **found, "cpu": time.process_time() - start}
 
         line = grid.compute_once(plan.out, key(configs[name], name), number)
-        mean = np.mean(line.get("values", line.get("value")))
+        mean = np.mean(line["values"] if "values" in line else line["value"])
         place = " ".join(map(str, run))
         print(f"{place}: {about['steps']} steps, lr {about['lr']:g}, {name} {mean:.4f}", flush=True)
     return True

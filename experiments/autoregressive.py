@@ -203,8 +203,8 @@ def line(
         start = time.process_time()
         values = MODELS[name](train, asked[ids], seed, **settings)
         about: grid.Line = {"measure": MEASURE, "data": source, "process": "", "network": name}
-        about |= {"training": "autoregressive", "seed": seed, "split": split, "steps": steps}
-        about |= {"optimizer": "", "settings": settings}
+        about |= {"training": "autoregressive", "seed": seed, "split": split}
+        about |= {"optimizer": "", "settings": settings, "steps": settings.get("steps", 0)}
         return {**about, "values": values.tolist(), "cpu": time.process_time() - start}
 
     chosen = " ".join(f"{field}={value}" for field, value in sorted(settings.items()))

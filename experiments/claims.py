@@ -35,7 +35,10 @@ the same noisy images; compare processes by these numbers (``ode_same_noise``,
 A number is a line of ``--out``/claims.jsonl, with the values of all images, and is computed once
 (``experiments.grid``). After a kill the same command continues, also in the middle of a training.
 The same command in a second process shares the work. At the end, and with ``--table`` at once, the
-lines there become claims.md, claims.tex, claims.png and claims.json in ``--out``.
+lines there become claims.md, claims.tex, claims.png and claims.json in ``--out``. Besides the
+paper's table and the differences at equal steps, there are differences at equal CPU-time, and, if
+``experiments.autoregressive`` has added its lines, those to the autoregressive models.
+claims_noise.png has the noise of the loss under each weighting (``experiments.loss_noise``).
 """
 
 import argparse
@@ -47,7 +50,7 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,7 +58,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import figures, grid, table2
+from experiments import autoregressive, figures, grid, loss_noise, table2
 from sbml import data
 from sbml.core.files import write_whole
 from sbml.density.estimators import Cell
@@ -440,6 +443,83 @@ def tables(found: Sequence[dict[str, Any]]) -> dict[str, list[list[str]]]:
     return result
 
 
+def equal_time(plan: Plan, found: dict[tuple[Any, ...], Values]) -> dict[str, list[list[str]]]:
+    """A table for each data set, at the CPU-time of training that the cheapest training needs for
+    its last budget.
+
+    The numbers there are interpolated between budgets, linearly in the logarithm of the steps, for
+    each image and seed. The cost of a step is the least that was measured, because the others have
+    more of the compilation and of what else the machine did.
+    """
+    costs: dict[tuple[Any, ...], float] = {}
+    for line in grid.read(plan.out).values():
+        ours = line["split"] == "test" and line["optimizer"] == plan.optimizer
+        if ours and line["measure"] == "training" and line.get("cpu_per_step"):
+            place = tuple(line[name] for name in ("data", "process", "network", "training"))
+            costs[place] = min(costs.get(place, math.inf), line["cpu_per_step"])
+    budgets: dict[tuple[Any, ...], list[int]] = {}
+    for *place, steps in found:
+        if tuple(place) in costs:
+            budgets.setdefault(tuple(place), []).append(steps)
+    both = ("ode", "bound")
+    header = ["at equal time", "SDE", "network", "CPU-s a step", "CPU-s", "steps"]
+    header += ["ode", "minus the original", "bound", "minus the original", "seeds"]
+    result: dict[str, list[list[str]]] = {}
+    for place in dict.fromkeys(each[:3] for each in budgets):
+        same = {each[3]: sorted(counts) for each, counts in budgets.items() if each[:3] == place}
+        if "original" not in same or len(same) < 2:
+            continue
+        seconds = min(costs[*place, name] * counts[-1] for name, counts in same.items())
+        at = {
+            name: {
+                m: _at(found, (*place, name), counts, seconds / costs[*place, name], m)
+                for m in both
+            }
+            for name, counts in same.items()
+        }
+        for name, measures in at.items():
+            cost = costs[*place, name]
+            row = [name, *place[1:], f"{cost:.3f}", f"{seconds:.0f}", f"{seconds / cost:.0f}"]
+            for measure, by_seed in measures.items():
+                base = at["original"][measure]
+                row += [_text(by_seed.values())]
+                paired = sorted(set(by_seed) & set(base)) if name != "original" else []
+                row += [_text([by_seed[seed] - base[seed] for seed in paired], "+")]
+            row += [str(len(measures["ode"]))]
+            result.setdefault(f"{place[0]}, at equal time", [header]).append(row)
+    return result
+
+
+def _at(
+    found: dict[tuple[Any, ...], Values],
+    place: tuple[Any, ...],
+    counts: Sequence[int],
+    steps: float,
+    measure: str,
+) -> dict[int, np.ndarray]:
+    """By seed, the values of all images after ``steps`` steps, between two budgets ``counts``; {}
+    if ``steps`` is less than the first one."""
+    if steps < counts[0] * (1 - 1e-9):
+        return {}
+    last = next((i for i in range(len(counts)) if counts[i] >= steps * (1 - 1e-9)), len(counts) - 1)
+    low, high = counts[max(last - 1, 0)], counts[last]
+    part = 1.0 if low == high else math.log(steps / low) / math.log(high / low)
+    first, second = (found[*place, count].get(measure, {}) for count in (low, high))
+    return {
+        seed: (1 - part) * np.asarray(first[seed]) + part * np.asarray(second[seed])
+        for seed in sorted(set(first) & set(second))
+    }
+
+
+def _text(by_seed: Iterable[np.ndarray], sign: str = "") -> str:
+    """The mean over seeds and images with its interval; a dash without seeds."""
+    values = np.array(list(by_seed), float)
+    if not len(values):
+        return "—"
+    shown = interval(values)
+    return text(shown.mean, shown.ci95, sign)
+
+
 def draw(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """Plot bits/dim against the number of steps for digits, VP and DDPM++."""
     figure, both = figures.axes(2, width=3.6)
@@ -467,12 +547,20 @@ def write(plan: Plan) -> None:
     if not found:
         print(f"{plan.out} has no numbers of test images yet")
         return
+    optimizers = ("", plan.optimizer)
+    lines = [line for line in grid.read(plan.out).values() if line["optimizer"] in optimizers]
+    all_tables = tables(found) | equal_time(plan, gathered(plan))
+    for source in dict.fromkeys(row["data"] for row in found):
+        beside = autoregressive.table(lines, source)
+        if len(beside) > 1:
+            all_tables[f"{source}, autoregressive"] = beside
     texts = {"md": table2.markdown, "tex": table2.latex}
     for suffix, write_table in texts.items():
-        write_whole(folder / f"claims.{suffix}", write_table(tables(found)).encode())
+        write_whole(folder / f"claims.{suffix}", write_table(all_tables).encode())
     write_whole(folder / "claims.json", json.dumps(strict(found), indent=1).encode())
     draw(found, folder / "claims.png")
-    print(table2.markdown(tables(found)))
+    loss_noise.draw(folder / "claims_noise.png")
+    print(table2.markdown(all_tables))
 
 
 def make_plan(args: argparse.Namespace) -> Plan:

@@ -3,14 +3,18 @@
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from flax.traverse_util import flatten_dict
 
-from experiments import claims, grid
+from experiments import claims, grid, loss_noise
+from sbml import losses, sdes
 from sbml.program.config.build import Experiment
 from sbml.program.modes.train import NonFiniteLoss
+from sbml.sdes import SDE, times
 
 STEPS = {"digits": (4, 8)}
 SETTINGS = ((1e-3, 1.0), (2e-3, 1.0))
@@ -99,6 +103,7 @@ def test_the_best_setting_is_used_and_nothing_is_computed_twice(
 
     monkeypatch.setattr(claims, "fit", fit)
     monkeypatch.setattr(claims, "measured", measured)
+    monkeypatch.setattr(loss_noise, "draw", lambda path: path.touch())
     of = plan(tmp_path, ("original", "weighted"), seeds=2)
     with pytest.raises(grid.BusyError):
         claims.choose(of, claims.Run())
@@ -119,6 +124,30 @@ def test_the_best_setting_is_used_and_nothing_is_computed_twice(
     assert "| DDPM++, weighted, 4 steps | vp | 2.755 ±" in text
     assert "| weighted | vp | DDPM++ | 4 | +0.500 ± 0.000 | +0.500 ± 0.000 | —" in text
     assert (tmp_path / "claims.tex").exists() and (tmp_path / "claims.png").exists()
+    assert (tmp_path / "claims_noise.png").exists()
+
+
+def test_equal_time_is_that_of_the_cheapest_training(tmp_path: Path) -> None:
+    """The integer denoiser costs 1.5 times as much: it makes 8 / 1.5 steps in the time of 8. The
+    first measurement of a cost has the compilation too."""
+    of = plan(tmp_path, ("original", "levels"), seeds=2)
+    values = {("original", 4): 3.0, ("original", 8): 2.5, ("levels", 4): 2.0, ("levels", 8): 1.5}
+    for (training, steps), value in values.items():
+        for seed in range(2):
+            about = {**claims.Run(training=training, seed=seed)._asdict(), "steps": steps}
+            about |= {"split": "test", "optimizer": "adam"}
+            cost = (0.3 if training == "levels" else 0.2) + (1.0 if steps == 4 else 0.0)
+            training_line = {"measure": "training", "cpu_per_step": cost}
+            images = [value, value + 1.0 + 0.1 * seed]
+            for line in (training_line, {"measure": "ode", "values": images}):
+                name = f"{line['measure']} {training} {steps} {seed}"
+                grid.append(of.out, {"id": name, **about, **line})
+    found = claims.equal_time(of, claims.gathered(of))
+    _, original, levels = found["digits, at equal time"]
+    assert original[3:6] == ["0.200", "2", "8"] and levels[3:6] == ["0.300", "2", "5"]
+    assert original[6].startswith("3.025 ±") and original[7:] == ["—", "—", "—", "2"]
+    part = np.log(8 / 1.5 / 4) / np.log(2)
+    assert levels[7].startswith(f"{2 - 0.5 * part - 2.5:+.3f} ±")
 
 
 def test_the_interval_covers_other_seeds_and_other_images() -> None:
@@ -135,6 +164,50 @@ def test_the_interval_covers_other_seeds_and_other_images() -> None:
     assert truth < np.mean(widths) < 1.2 * truth
     one = claims.interval(np.array([[1.0, 2.0, 3.0]]))
     assert one.mean == 2 and one.ci95 == pytest.approx(4.302653 / np.sqrt(3))
+
+
+VARIANCES = np.array([1.0, 0.1, 0.01])
+
+
+@pytest.mark.parametrize(("training", "sde"), [("original", sdes.VP()), ("importance", sdes.VP())])
+def test_the_noise_of_the_loss_is_that_of_draws(training: str, sde: SDE) -> None:
+    """Losses of the exact score of Gaussian data at random times, and their mean and deviation."""
+    found = loss_noise.noise(sde, 1e-2, VARIANCES, training)
+    weighting, proposal = loss_noise.TRAININGS[training]
+    variances, keys = jnp.asarray(VARIANCES), jax.random.split(jax.random.key(0), 40_000)
+    t, weight = proposal(sde, 1e-2).at(times.iid(jax.random.key(1), len(keys))[:, 0])
+
+    @jax.jit
+    @jax.vmap
+    def drawn(key, t):
+        x = jnp.sqrt(variances) * jax.random.normal(key, (3,))
+
+        def score(x, t, key):
+            return -x / (sde.mean_coef(t) ** 2 * variances + sde.std(t) ** 2)
+
+        return losses.dsm(score, sde, x, t, jax.random.fold_in(key, 1), weighting=weighting)
+
+    values = np.asarray(weight * drawn(keys, t))
+    np.testing.assert_allclose(values.mean(), found.mean, rtol=0.03)
+    np.testing.assert_allclose(values.std() / values.mean(), found.relative, rtol=0.03)
+
+
+def test_importance_sampling_keeps_the_mean_and_ve_has_one_training() -> None:
+    vp, ve = (
+        {name: loss_noise.noise(sde, 1e-3, VARIANCES, name) for name in loss_noise.TRAININGS}
+        for sde in (sdes.VP(), sdes.VE())
+    )
+    assert vp["weighted"].mean == pytest.approx(vp["importance"].mean, rel=1e-4)
+    assert vp["weighted"].relative > 3 * vp["importance"].relative
+    for found in ve.values():
+        np.testing.assert_allclose(found.rms, ve["original"].rms, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_figure_of_the_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loss_noise.draw(tmp_path / "noise.png")
+    assert (tmp_path / "noise.png").stat().st_size > 10_000
+    assert len(capsys.readouterr().out.splitlines()) == 3 * 3 + 1
 
 
 @pytest.mark.slow

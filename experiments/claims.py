@@ -458,9 +458,9 @@ def equal_time(plan: Plan, found: dict[tuple[Any, ...], Values]) -> dict[str, li
             place = tuple(line[name] for name in ("data", "process", "network", "training"))
             costs[place] = min(costs.get(place, math.inf), line["cpu_per_step"])
     budgets: dict[tuple[Any, ...], list[int]] = {}
-    for *place, steps in found:
-        if tuple(place) in costs:
-            budgets.setdefault(tuple(place), []).append(steps)
+    for each in found:
+        if each[:4] in costs:
+            budgets.setdefault(each[:4], []).append(each[4])
     both = ("ode", "bound")
     header = ["at equal time", "SDE", "network", "CPU-s a step", "CPU-s", "steps"]
     header += ["ode", "minus the original", "bound", "minus the original", "seeds"]

@@ -113,6 +113,9 @@ def test_the_best_setting_is_used_and_nothing_is_computed_twice(
     count = len(done)
     grid.shared(claims.tasks(of), pause=0.0)
     assert len(done) == count
+    forest = {"id": "forest", "measure": "exact", "data": "digits", "network": "forest"}
+    forest |= {"process": "", "training": "autoregressive", "seed": 0, "split": "test"}
+    grid.append(of.out, {**forest, "steps": 0, "optimizer": "", "values": [1.0, 2.0, 3.0]})
     claims.write(of)
     rows = json.loads((tmp_path / "claims.json").read_text())
     places = {(row["training"], row["steps"]) for row in rows}
@@ -123,6 +126,7 @@ def test_the_best_setting_is_used_and_nothing_is_computed_twice(
     text = (tmp_path / "claims.md").read_text()
     assert "| DDPM++, weighted, 4 steps | vp | 2.755 ±" in text
     assert "| weighted | vp | DDPM++ | 4 | +0.500 ± 0.000 | +0.500 ± 0.000 | —" in text
+    assert "| forest | 2.000 ±" in text and "| forest |  | DDPM++, weighted, vp, 4, ode |" in text
     assert (tmp_path / "claims.tex").exists() and (tmp_path / "claims.png").exists()
     assert (tmp_path / "claims_noise.png").exists()
 

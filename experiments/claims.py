@@ -421,7 +421,9 @@ def tables(found: Sequence[dict[str, Any]]) -> dict[str, list[list[str]]]:
             column = table2.FID if measure == FEATURES else COLUMNS.get(measure)
             if column:
                 shown[column] = text(row["mean"], row["ci95"])
-                shown["n"] = f"{len(row['seeds'])} seeds x {row['images']}"
+            if measure != FEATURES:
+                seeds = len(row["seeds"])
+                shown["n"] = f"{seeds} seed{'s' * (seeds > 1)} x {row['images']}"
         of_table2.append(shown)
     result = table2.tables(of_table2, [])
     names = (*CELLS, FEATURES)

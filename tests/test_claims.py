@@ -131,6 +131,15 @@ def test_the_best_setting_is_used_and_nothing_is_computed_twice(
     assert (tmp_path / "claims_noise.png").exists()
 
 
+def test_the_feature_distance_does_not_change_the_number_of_images() -> None:
+    row = {"data": "digits", "process": "vp", "network": "DDPM++", "training": "original"}
+    row |= {"steps": 8, "seeds": [0], "ci95": 0.1}
+    ode = {**row, "measure": "ode", "mean": 2.0, "images": 72}
+    distance = {**row, "measure": claims.FEATURES, "mean": 1.5, "images": 1}
+    _, shown = claims.tables([ode, distance])["digits"]
+    assert shown[2] == "2.000 ± 0.100" and shown[-2:] == ["1.500 ± 0.100", "1 seed x 72"]
+
+
 def test_equal_time_is_that_of_the_cheapest_training(tmp_path: Path) -> None:
     """The integer denoiser costs 1.5 times as much: it makes 8 / 1.5 steps in the time of 8. The
     first measurement of a cost has the compilation too."""

@@ -2,12 +2,12 @@
 
     python benchmarks/recipes.py --config=configs/digits_vp.py --recipes=noise,centre
 
-A recipe changes fields of the config: it is a name of RECIPES, ``field=value``, or several of these
-joined by ``+``. Each recipe is added to the recipe ``--base``, so that one factor at a time can be
-compared with the best recipe so far. A part of the training images is held out
-(``data.validation``): all runs train on the others and are evaluated on these, with the same random
-draws. The test images are not used. With ``--start``, all runs of a seed begin with that many
-steps of the base's training, and a recipe changes only the steps that follow. There are two
+A recipe changes fields of the config (``experiments.grid``). Each recipe is added to the recipe
+``--base``, so that one factor at a time can be compared with the best recipe so far. A part of the
+training images is held out (``data.validation``): all runs train on the others and are evaluated on
+these, with the same random draws. The test images are not used. With ``--start``, all runs of a
+seed begin with that many steps of the base's training, and a recipe changes only the steps that
+follow. There are two
 budgets:
 
     evaluations   as many steps as the base
@@ -18,18 +18,17 @@ A network is evaluated with the dequantizers that fit its training data. The tab
 and the differences from the base (``recipe_table``).
 
 Every run and every timing becomes a line of the file ``--out`` and is not repeated. After a kill,
-the same command continues, even in the middle of a training run.
+the same command continues, even in the middle of a training run. The same command in two processes
+shares the runs between them.
 """
 
 import argparse
-import ast
-import contextlib
-import hashlib
-import json
+import functools
 import pathlib
 import re
 import runpy
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,45 +38,24 @@ import numpy as np
 from ml_collections import ConfigDict
 from recipe_table import CELLS, table
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # experiments/ is not installed.
+
+from experiments.grid import (
+    claimed,
+    compute_once,
+    folder_of,
+    identity,
+    of_images,
+    shared,
+    with_recipe,
+)
 from sbml import data
-from sbml.networks import frequencies
 from sbml.program.config import build, compatibility, objective
-from sbml.program.config.config import default, node_of
-from sbml.program.config.fields import unknown
 from sbml.program.config.trained import Trained
-from sbml.program.evaluation import cells
 from sbml.program.evaluation.cells import Evaluation
 from sbml.program.modes import train
 from sbml.program.runtime import cpu, sharding
 from sbml.program.runtime.workdir import Workdir
-from sbml.score import PARAMETERIZATIONS
-
-
-def draws(times: str, noises: str, bins: int) -> dict[str, Any]:
-    """The fields that say how the times and noises of a training step are drawn."""
-    return {"training.times": times, "training.noises": noises, "training.proposal_bins": bins}
-
-
-# name: {field: its value, or a function that computes it from the config before the change}.
-RECIPES: dict[str, dict[str, Any]] = {
-    "iid": draws("iid", "independent", 0),  # the paper's
-    "lattice": draws("lattice", "independent", 0),
-    "density": draws("lattice", "independent", 32),
-    "antithetic": draws("lattice", "antithetic", 0),
-    "ours": draws("lattice", "antithetic", 32),
-    **{p: {"score.parameterization": p} for p in PARAMETERIZATIONS},
-    "centre": {"data.dequantization": "centre"},
-    "fourier": {"model.fourier": lambda c: frequencies(c.data.levels, scale=c.score.data_std)},
-    # The network of VDM, in a size that follows the network which it replaces: 3/2 of the channels,
-    # rounded down to an even number, and twice as many blocks as there are on the downward path.
-    "vdm": {
-        "model.name": "vdm",
-        "model.width": lambda c: 2 * (3 * c.model.nf // 4),
-        "model.depth": lambda c: 2 * len(c.model.ch_mult) * c.model.num_res_blocks,
-        "model.dropout": lambda c: c.model.dropout,
-        "model.fourier": lambda c: c.model.fourier,
-    },
-}
 
 BUDGETS = ("evaluations", "time")
 
@@ -89,38 +67,6 @@ class Plan(NamedTuple):
     steps: int  # training steps of the base, after ``start``
     out: pathlib.Path  # the file of results, one JSON object a line
     start: int = 0  # steps of the base's training, from which every run continues
-
-
-def value_of(text: str) -> Any:
-    """The number, truth value or tuple that ``text`` is in Python, or else ``text`` itself."""
-    with contextlib.suppress(SyntaxError, ValueError):
-        return ast.literal_eval(text)
-    return text
-
-
-def with_recipe(config: ConfigDict, recipe: str) -> ConfigDict:
-    """A copy of ``config`` with the changes of ``recipe``, one part of it after another.
-
-    Raises:
-      ValueError: for an unknown recipe or field.
-    """
-    config = config.copy_and_resolve_references()
-    for part in filter(None, recipe.split("+")):
-        path, equals, text = part.partition("=")
-        if not equals and part not in RECIPES:
-            names = ", ".join(RECIPES)
-            raise ValueError(f"unknown recipe {part!r}: give field=value or one of {names}")
-        changes = {path: value_of(text)} if equals else RECIPES[part]
-        fields = {k: v(config) if callable(v) else v for k, v in changes.items()}
-        if network := fields.pop("model.name", None):
-            with config.unlocked():
-                config.model = default(network).model
-        for name, value in fields.items():
-            section, field = node_of(config, name)
-            if field not in section:
-                raise ValueError(unknown(name.rpartition(".")[0], field, list(section)))
-            section[field] = value
-    return config
 
 
 def with_steps(config: ConfigDict, steps: int) -> ConfigDict:
@@ -157,34 +103,6 @@ class Steps:
         return (time.perf_counter() - start) / steps
 
 
-def identity(config: ConfigDict) -> str:
-    """A hash of all fields of ``config``, 12 hexadecimal digits."""
-    return hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest()[:12]
-
-
-def read(out: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The lines of ``out`` by their ``id``; a line that a kill has cut off is left out."""
-    rows = []
-    for line in out.read_text().splitlines() if out.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return {row["id"]: row for row in rows}
-
-
-def compute_once(
-    out: pathlib.Path, key: str, compute: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """The line of ``out`` with ``id`` ``key``, which is computed and appended if it is missing."""
-    if (stored := read(out).get(key)) is not None:
-        return stored
-    row = {"id": key, **compute()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    whole = not out.exists() or out.read_bytes()[-1:] in (b"\n", b"")
-    with out.open("a") as file:
-        file.write(("" if whole else "\n") + json.dumps(row) + "\n")
-    return row
-
-
 def time_steps(plan: Plan, recipe: str, rounds: int = 9, steps: int = 3) -> dict[str, Any]:
     """Time the steps of the base and of ``recipe`` in turns.
 
@@ -207,17 +125,12 @@ def time_steps(plan: Plan, recipe: str, rounds: int = 9, steps: int = 3) -> dict
 def evaluate_run(config: ConfigDict, workdir: Workdir) -> dict[str, list[float]]:
     """bits/dim of every held-out image, by the name of the cell (the column)."""
     trained = Trained.of(build.Experiment(config), workdir)
-    shared = Evaluation.of_split(trained, data.VALIDATION)
-    values = {}
-    with jax.default_matmul_precision(config.eval.precision):
-        for cell in CELLS[config.data.dequantization]:
-            if cell.dequantizer == "learned" and config.score.parameterization != "levels":
-                continue
-            run = cells.run_of(shared, cell, shared.dequantization(cell.dequantizer)).measurement
-            sweeps = range(config.eval.bound.sweeps if cell.kind.is_bound else 1)
-            rows = [run.total(run.rows(run.ids, sweep)) for sweep in sweeps]
-            values[cell.name] = np.mean(rows, axis=0).tolist()
-    return values
+    evaluation = Evaluation.of_split(trained, data.VALIDATION)
+    return {
+        cell.name: of_images(evaluation, cell).tolist()
+        for cell in CELLS[config.data.dequantization]
+        if cell.dequantizer != "learned" or config.score.parameterization == "levels"
+    }
 
 
 def copy_start(plan: Plan, seed: int, workdir: pathlib.Path) -> None:
@@ -226,7 +139,8 @@ def copy_start(plan: Plan, seed: int, workdir: pathlib.Path) -> None:
     config.seed = seed
     config.training.update(checkpoint_every=plan.start, keep_every=plan.start)
     base, part = workdir.with_name(f"base_{identity(config)}"), workdir.with_suffix(".part")
-    train.run(build.Experiment(config), Workdir(base))
+    with claimed(plan.out, base.name):
+        train.run(build.Experiment(config), Workdir(base))
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(base, part)
     for checkpoint in (part / "checkpoints").iterdir():
@@ -249,7 +163,7 @@ def train_and_evaluate(plan: Plan, recipe: str, seed: int, steps: int) -> dict[s
         key += f"_{plan.start}_{identity(plan.config(plan.start + plan.steps))}"
 
     def compute() -> dict[str, Any]:
-        workdir = plan.out.with_suffix("") / key
+        workdir = folder_of(plan.out) / key
         row = {"recipe": recipe, "seed": seed, "steps": steps, "start": plan.start}
         try:
             if plan.start and not workdir.exists():
@@ -361,15 +275,20 @@ def main() -> None:
     chosen, chosen_seeds = budgets(args.budgets), seeds(args.seeds)
     plan, recipes = make_plan(args), list(dict.fromkeys(["", *names_in(args.recipes)]))
     check_recipes(plan, recipes)
+
+    def task(budget: str, seed: int, recipe: str) -> dict[str, Any]:
+        ratio = time_steps(plan, recipe)["ratio"] if budget == "time" and recipe else 1.0
+        # A ratio of 1, up to the noise of the measurement, leaves the number of steps as it is, so
+        # the run of the other budget is used again.
+        steps = plan.steps if abs(ratio - 1) < 0.02 else max(1, round(plan.steps / ratio))
+        return train_and_evaluate(plan, recipe, seed, steps)
+
     for budget in chosen:
+        pairs = [(seed, recipe) for seed in chosen_seeds for recipe in recipes]
+        lines = shared([functools.partial(task, budget, *pair) for pair in pairs])
         rows: dict[str, list[dict[str, Any]]] = {recipe: [] for recipe in recipes}
-        for seed in chosen_seeds:
-            for recipe in recipes:
-                ratio = time_steps(plan, recipe)["ratio"] if budget == "time" and recipe else 1.0
-                # A ratio of 1, up to the noise of the measurement, leaves the number of steps as it
-                # is, so the run of the other budget is used again.
-                steps = plan.steps if abs(ratio - 1) < 0.02 else max(1, round(plan.steps / ratio))
-                rows[recipe].append(train_and_evaluate(plan, recipe, seed, steps))
+        for (_, recipe), line in zip(pairs, lines, strict=True):
+            rows[recipe].append(line)
         print(f"\nEqual {budget}, {args.config}, base {args.base or 'as is'}\n\n{table(rows)}")
 
 

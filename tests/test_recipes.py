@@ -10,6 +10,7 @@ from recipe_table import difference, table
 from scipy import stats
 
 from benchmarks import recipes
+from experiments import grid
 from sbml.program.config import build
 from sbml.program.config.config import default
 from sbml.program.runtime import metrics
@@ -36,7 +37,7 @@ def test_a_recipe_changes_its_fields_and_no_other() -> None:
 
 
 def test_every_recipe_makes_an_experiment() -> None:
-    for name in recipes.RECIPES:
+    for name in grid.RECIPES:
         config = default()
         config.data.validation = 0.1
         build.Experiment(recipes.with_recipe(config, name))
@@ -214,6 +215,6 @@ def test_finished_runs_are_not_repeated(
     out = plan(tmp_path).out
     out.write_text(out.read_text()[:-10])  # The last line is cut off.
     recipes.train_and_evaluate(plan(tmp_path), "model.width=64", 0, 40)
-    assert len(runs) == 4 and len(recipes.read(out)) == 3
+    assert len(runs) == 4 and len(grid.read(out)) == 3
     recipes.train_and_evaluate(plan(tmp_path), "", 0, 41)
-    assert len(runs) == 5 and len(recipes.read(out)) == 4
+    assert len(runs) == 5 and len(grid.read(out)) == 4

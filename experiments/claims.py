@@ -60,7 +60,7 @@ from ml_collections import ConfigDict
 
 from experiments import autoregressive, figures, grid, loss_noise, table2
 from sbml import data
-from sbml.core.files import write_whole
+from sbml.core.files import strict, write_whole
 from sbml.density.estimators import Cell
 from sbml.program.config.build import Experiment
 from sbml.program.config.config import load
@@ -68,7 +68,6 @@ from sbml.program.config.trained import Trained
 from sbml.program.evaluation import samples
 from sbml.program.evaluation.cells import Evaluation
 from sbml.program.modes import quality, train, train_dequantizer
-from sbml.program.report.result import strict
 from sbml.program.runtime import cpu, refusals
 from sbml.program.runtime.workdir import Workdir
 from sbml.statistics import intervals

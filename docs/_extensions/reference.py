@@ -31,6 +31,11 @@ INTERNAL = {
     "sbml.data.photos": "photo_path",
     "sbml.dequantizers.base": "has_density, has_bound, is_trained",
     "sbml.dequantizers.variational": "from_reference, read_options, image_shape",
+    "sbml.density.checks": (
+        "check_sde, is_shape, check_condition_shape, continuous, integers, conditions, as_arrays, "
+        "count, probabilities, some"
+    ),
+    "sbml.density.distribution": "vectorised, How, Distribution",
     "sbml.density.estimate": "excess",
     "sbml.density.estimators.base": "draw_key, times_key",
     "sbml.density.estimators.ode": "averaged",
@@ -130,7 +135,8 @@ def exported(name: str) -> dict[str, Any]:
     return {
         member: value
         for member, value in values.items()
-        if (inspect.isclass(value) or inspect.isroutine(value)) and value.__module__ != name
+        if (inspect.isclass(value) or inspect.isroutine(value))
+        and value.__module__ not in {name, *sbml.LIBRARY.values()}
     }
 
 
@@ -156,6 +162,8 @@ def entries(module: str, members: dict[str, Any]) -> str:
         if kind == "class" and issubclass(value, BaseException):
             kind = "exception"
         options = "" if kind == "function" else "\n   :members:"
+        if any(base.__name__ == "Distribution" for base in getattr(value, "__bases__", ())):
+            options += "\n   :inherited-members: object"
         found.append(f".. auto{kind}:: {module}.{member}{options}\n\n")
     return "".join(found)
 

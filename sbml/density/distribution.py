@@ -2,7 +2,7 @@
 
     log p(y) = log p_eps(x) + log |det df^-1/dy|,      x = f^-1(y)
 
-Without a ``transform`` f, y is x. The vectoriser is :func:`vectorised`: it makes of a function of
+Without a ``transform`` f, y is x. The vectoriser is ``vectorised``: it makes of a function of
 one example, its condition and its key one of all examples, which is compiled once, also for a score
 that is made anew for each call (``sbml.core.arguments``).
 """

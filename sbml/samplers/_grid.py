@@ -143,14 +143,11 @@ class FixedSteps(Chain):
 
     @typed
     def window(self, first: int, last: int) -> "FixedSteps":
-        """The sampler with noise in its steps ``first`` to ``last`` - 1 only, counted from 0
-        (``sbml.samplers.window``).
+        """The sampler with noise in its steps ``first`` to ``last`` - 1 only, counted from 0.
 
         Raises:
           ValueError: there are no such steps, or they have no density.
         """
-        from sbml.samplers.window import Window  # It is a sampler with fixed steps itself.
-
         self.check_density(deterministic=False)
         if not 0 <= first < last <= self.steps:
             raise ValueError(
@@ -221,3 +218,50 @@ class FixedSteps(Chain):
         """See :class:`Sampler`; the frames are evenly spaced among the steps."""
         _, path, times = self._scan(score, sde, z, key, eps, keep=True)
         return frames_of(z, path, times, frames)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Window(FixedSteps):
+    """Noise in the steps ``first``, ..., ``last`` - 1 only, as policies have that learn from few
+    steps; all other steps are DDIM's without noise. Its state is the number of the step.
+
+    A step without noise has no density. Its entry of ``PathLogProb.steps`` is 0, so a ratio of
+    policies has the factor 1 there. Its dependence on the parameters is not in the policy gradient.
+    """
+
+    sampler: FixedSteps
+    first: int
+    last: int
+
+    @property
+    def nfe(self) -> int:
+        """See ``Chain``."""
+        return self.sampler.nfe
+
+    def times(self, sde: SDE, eps: Number) -> Times:
+        """See ``Chain``."""
+        return self.sampler.times(sde, eps)
+
+    def obstacle(self, deterministic: bool) -> str:
+        """See ``Chain``."""
+        same = dataclasses.replace(self.sampler, corrector=self.corrector)
+        return same.obstacle(deterministic)
+
+    def init(self, z: Example) -> Array:
+        return jnp.asarray(0)
+
+    def step(
+        self, score: Score, sde: SDE, x: Example, carry: Array, times: Triple, z: Example
+    ) -> tuple[Example, Array]:
+        def quiet() -> Example:
+            x_0, noise = predictions(score, sde, x, times[1])
+            return sde.mean_coef(times[2]) * x_0 + sde.std(times[2]) * noise
+
+        noisy = (self.first <= carry) & (carry < self.last)
+        x = jax.lax.cond(noisy, lambda: self.sampler.step(score, sde, x, (), times, z)[0], quiet)
+        return x, carry + 1
+
+    def _log_steps(self, score: Score, sde: SDE, x: Array, times: Times) -> Array:
+        inside = slice(self.first, self.last + 1)
+        steps = self.sampler._log_steps(score, sde, x[inside], times[inside])
+        return jnp.pad(steps, (self.first, self.steps - self.last))

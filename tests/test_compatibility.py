@@ -141,7 +141,7 @@ def test_warnings_are_logged_before_the_images_are_evaluated(
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cells.Run, "finish", stop)
+    monkeypatch.setattr(cells.Run, "number", property(stop))
     with pytest.raises(KeyboardInterrupt):
         runs.mode(evaluate.run, config, tmp_path)
     assert "a random sample of 2 of 360 images" in caplog.text

@@ -90,7 +90,7 @@ def test_the_block_about_a_run_runs(digits_model, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     [(name, line, code)] = [block for block in BLOCKS if block[0] == NEEDS_A_RUN]
     execute(name, line, code)
-    assert "bits/dim at t=1e-5, 95% interval" in capsys.readouterr().out
+    assert "bits/dim by uniform dequantization at t=1e-5, 95% interval" in capsys.readouterr().out
 
 
 def test_no_block_is_overlooked() -> None:

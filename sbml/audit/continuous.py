@@ -140,8 +140,9 @@ def density(
 
     Args:
       make: a function of (field, shape) that gives log_prob, a function of a batch ``(n, *shape)``
-        of NumPy that gives ``(n,)`` numbers in nats, of NumPy, JAX or PyTorch. The :class:`~sbml.audit.continuous.Field`
-        also says its ``prior_std``. With ``probes``, make(field, shape, probes=k, seed=i).
+        of NumPy that gives ``(n,)`` numbers in nats, of NumPy, JAX or PyTorch. The
+        :class:`~sbml.audit.continuous.Field` also says its ``prior_std``. With ``probes``,
+        make(field, shape, probes=k, seed=i).
       kind: what the field is, see the top of this page.
       probes: a smaller and a larger number of random probes; None for an exact log p.
       reverse: whether time runs from noise at t = 0 to data at t = 1. beta is then that of 1 - t.

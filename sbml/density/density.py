@@ -580,7 +580,7 @@ def _walk(log_target: Callable[..., Any], step: Array, start: tuple[Array, Key])
     return jax.lax.scan(move, ((x, u(x)), jnp.zeros((), step.dtype)), moves)[0][0]
 
 
-@vectorised()
+@vectorised
 def _flow(score: Score, x: Example, solver: Solver, how: How) -> Example:
     t0, t1 = how.ends
     return ode.flow(score, how.sde, x, t0, t1, solver).x

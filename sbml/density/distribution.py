@@ -2,9 +2,9 @@
 
     log p(y) = log p_eps(x) + log |det df^-1/dy|,      x = f^-1(y)
 
-Without a ``transform`` f, y is x. The vectoriser is ``vectorised``: it makes of a function of
-one example, its condition and its key one of all examples, which is compiled once, also for a score
-that is made anew for each call (``sbml.core.arguments``).
+Without a ``transform`` f, y is x. Each number is a function of one example; ``vectorised`` makes of
+it one of all examples, which is compiled once, also for a score that is made anew for each call
+(``sbml.core.arguments``).
 """
 
 import dataclasses
@@ -55,50 +55,46 @@ class How(NamedTuple):
     sampler: Any = None
 
 
-def vectorised(divergence: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator that makes of ``f(score, *row, solver, how)`` of one example a compiled function
-    ``f(distribution, *rows, condition=...)`` of n examples; other arguments are fields of ``How``.
+def vectorised(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``f(score, *row, solver, how)`` of one example as a compiled function of n examples,
+    ``f(distribution, *rows, condition=...)``, whose other arguments are fields of ``How``.
 
     The ``rows`` are arrays ``(n, ...)``. The condition is one for all examples, or one for each
-    along the axes of ``batch``, whose product is n; ``(n,)`` if it is None.
-
-    An ``f`` with a ``divergence`` may need many tangents of each example, so fewer examples are
-    computed at once.
+    along the axes of ``batch``, whose product is n; ``(n,)`` if it is None. With a ``divergence``,
+    an example may need many tangents, so fewer examples are computed at once.
     """
 
-    def of(f: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(f)
-        def of_all(
-            density: "Distribution",
-            *rows: Any,
-            condition: Any,
-            batch: tuple[int, ...] | None = None,
-            **constants: Any,
-        ) -> Any:
-            if isinstance(constants.get("sampler"), Map) and condition is not None:
-                raise ValueError(
-                    "a condition reaches the score only, and samplers.Map does not use it: leave "
-                    "it out, and give Map the function under this condition"
-                )
-            conditions = density._conditions(condition, (len(rows[0]),) if batch is None else batch)
-            how = How(density.sde, density._eps, density.shape, density._trace, **constants)
-            size = density.batch_size
-            if divergence and (how.trace.kind == "exact" or how.sampler):
-                size = min(size, exact_batch(density.dims))
-            run = density._compiled(_of_rows, conditions, "f", "how", "size")
-            try:
-                return run(rows, conditions, density.solver, f=f, how=how, size=size)
-            except TypeError as error:
-                if "custom_vjp" not in str(error):
-                    raise
-                raise ValueError(
-                    "this solver has derivatives by grad only: for those by jvp or jacfwd give "
-                    'Density a Solver(adjoint="forward")'
-                ) from error
+    @functools.wraps(f)
+    def of_all(
+        density: "Distribution",
+        *rows: Any,
+        condition: Any,
+        batch: tuple[int, ...] | None = None,
+        divergence: bool = False,
+        **constants: Any,
+    ) -> Any:
+        if isinstance(constants.get("sampler"), Map) and condition is not None:
+            raise ValueError(
+                "a condition reaches the score only, and samplers.Map does not use it: leave it "
+                "out, and give Map the function under this condition"
+            )
+        conditions = density._conditions(condition, (len(rows[0]),) if batch is None else batch)
+        how = How(density.sde, density._eps, density.shape, density._trace, **constants)
+        size = density.batch_size
+        if divergence and (how.trace.kind == "exact" or how.sampler):
+            size = min(size, exact_batch(density.dims))
+        run = density._compiled(_of_rows, conditions, "f", "how", "size")
+        try:
+            return run(rows, conditions, density.solver, f=f, how=how, size=size)
+        except TypeError as error:
+            if "custom_vjp" not in str(error):
+                raise
+            raise ValueError(
+                "this solver has derivatives by grad only: for those by jvp or jacfwd give "
+                'Density a Solver(adjoint="forward")'
+            ) from error
 
-        return of_all
-
-    return of
+    return of_all
 
 
 def _of_rows(
@@ -114,7 +110,7 @@ def _of_rows(
     return each(functools.partial(f, solver=solver, how=how), score, rows, conditions, size)
 
 
-@vectorised(divergence=True)
+@vectorised
 def _log_prob(score: Score, x: Example, key: Key | None, solver: Solver, how: How) -> Array:
     if how.sampler is not None:
         of_map: Array = how.sampler.logp(score, how.sde, x, eps=how.eps).logp
@@ -125,7 +121,7 @@ def _log_prob(score: Score, x: Example, key: Key | None, solver: Solver, how: Ho
     return found
 
 
-@vectorised()
+@vectorised
 def _sample(score: Score, key: Key, solver: Solver, how: How) -> Example:
     z = how.sde.prior_sample(key, how.shape)
     if how.sampler is None:
@@ -134,7 +130,7 @@ def _sample(score: Score, key: Key, solver: Solver, how: How) -> Example:
     return denoise(score, how.sde, x, jnp.asarray(how.eps, x.dtype)) if how.denoise else x
 
 
-@vectorised(divergence=True)
+@vectorised
 def _sample_and_log_prob(score: Score, key: Key, solver: Solver, how: How) -> tuple[Example, Any]:
     ode.check_precision(score, how.sde, how.shape)
     z, probes = how.sde.prior_sample(key, how.shape), stream(key, "probes")
@@ -147,7 +143,7 @@ def _sample_and_log_prob(score: Score, key: Key, solver: Solver, how: How) -> tu
     return x, found.logp
 
 
-@vectorised()
+@vectorised
 def _sample_path(score: Score, key: Key, solver: Solver, how: How) -> tuple[Path, PathLogProb]:
     ode.check_precision(score, how.sde, how.shape)
     z, noise = how.sde.prior_sample(stream(key, "latent"), how.shape), stream(key, "sampler")
@@ -155,7 +151,7 @@ def _sample_path(score: Score, key: Key, solver: Solver, how: How) -> tuple[Path
     return found
 
 
-@vectorised()
+@vectorised
 def _path_log_prob(score: Score, x: Array, solver: Solver, how: How) -> PathLogProb:
     ode.check_precision(score, how.sde, how.shape)
     path = Path(x, how.sampler.known_times(how.sde, how.eps), how.sampler)
@@ -244,7 +240,9 @@ class Distribution:
         x, log_det = transforms.exactly(transforms.inverse, self.transform, x)
         x = jnp.asarray(x, jnp.result_type(float))
         keys = None if key is None else jax.random.split(key, len(x))
-        logp = _log_prob(self, x, keys, condition=condition, batch=batch, sampler=sampler)
+        logp = _log_prob(
+            self, x, keys, condition=condition, batch=batch, divergence=True, sampler=sampler
+        )
         return jnp.asarray(logp + log_det, logp.dtype).reshape(batch)
 
     @checked
@@ -310,7 +308,9 @@ class Distribution:
                 f"as much as {self.dims + 1}; if that is meant, give max_dims={self.dims}"
             )
         keys = jax.random.split(key, n)
-        x, found = _sample_and_log_prob(self, keys, condition=condition, sampler=sampler)
+        x, found = _sample_and_log_prob(
+            self, keys, condition=condition, divergence=True, sampler=sampler
+        )
         if sampler is not None:
             check_folds(sampler, found)
             found = found.logp

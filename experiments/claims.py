@@ -420,7 +420,7 @@ def tables(found: Sequence[dict[str, Any]]) -> dict[str, list[list[str]]]:
             column = table2.FID if measure == FEATURES else COLUMNS.get(measure)
             if column:
                 shown[column] = text(row["mean"], row["ci95"])
-            if measure != FEATURES:
+            if measure in COLUMNS:  # Those at equal noise have fewer seeds, and no column.
                 seeds = len(row["seeds"])
                 shown["n"] = f"{seeds} seed{'s' * (seeds > 1)} x {row['images']}"
         of_table2.append(shown)

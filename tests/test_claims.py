@@ -131,13 +131,14 @@ def test_the_best_setting_is_used_and_nothing_is_computed_twice(
     assert (tmp_path / "claims_noise.png").exists()
 
 
-def test_the_feature_distance_does_not_change_the_number_of_images() -> None:
+def test_other_numbers_do_not_change_the_number_of_seeds_and_images() -> None:
     row = {"data": "digits", "process": "vp", "network": "DDPM++", "training": "original"}
     row |= {"steps": 8, "seeds": [0], "ci95": 0.1}
-    ode = {**row, "measure": "ode", "mean": 2.0, "images": 72}
-    distance = {**row, "measure": claims.FEATURES, "mean": 1.5, "images": 1}
-    _, shown = claims.tables([ode, distance])["digits"]
-    assert shown[2] == "2.000 ± 0.100" and shown[-2:] == ["1.500 ± 0.100", "1 seed x 72"]
+    ode = {**row, "measure": "ode", "mean": 2.0, "images": 72, "seeds": [0, 1]}
+    others = [(claims.FEATURES, 1), ("ode_same_noise", 72)]
+    rest = [{**row, "measure": name, "mean": 1.5, "images": images} for name, images in others]
+    _, shown = claims.tables([ode, *rest])["digits"]
+    assert shown[2] == "2.000 ± 0.100" and shown[-2:] == ["1.500 ± 0.100", "2 seeds x 72"]
 
 
 def test_equal_time_is_that_of_the_cheapest_training(tmp_path: Path) -> None:

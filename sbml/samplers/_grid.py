@@ -255,7 +255,8 @@ class Window(FixedSteps):
     ) -> tuple[Example, Array]:
         def quiet() -> Example:
             x_0, noise = predictions(score, sde, x, times[1])
-            return sde.mean_coef(times[2]) * x_0 + sde.std(times[2]) * noise
+            mean, std = sde.marginal(x_0, times[2])
+            return mean + std * noise
 
         noisy = (self.first <= carry) & (carry < self.last)
         x = jax.lax.cond(noisy, lambda: self.sampler.step(score, sde, x, (), times, z)[0], quiet)

@@ -52,23 +52,25 @@ def test_the_mean_is_that_of_all_values_and_compiling_is_no_part_of_the_speed(
     assert len(set(map(len, screen.lines))) == 1 and set(drawn[-1][0]) == {"#"}
 
 
+def wait_for(text: str, screen: Screen) -> None:
+    """Wait until another thread has written ``text``; fail after ten seconds."""
+    deadline = time.monotonic() + 10
+    while text not in screen.getvalue():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_the_seconds_of_compiling_are_shown(screen: Screen) -> None:
     with Bar("ode", "image", 40):
         screen.now += 12
-        deadline = time.monotonic() + 10
-        while "[00:12<?, ? image/s, compiling]" not in screen.getvalue():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for("[00:12<?, ? image/s, compiling]", screen)
 
 
 def test_the_seconds_of_a_long_result_are_shown(screen: Screen) -> None:
     with Bar("ode", "image", 40) as bar:
         bar.update()
         screen.now += 33
-        deadline = time.monotonic() + 10
-        while "1/40 [00:33<" not in screen.getvalue():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for("1/40 [00:33<", screen)
 
 
 def test_a_log_counts_the_seconds_of_a_long_result(
@@ -78,10 +80,7 @@ def test_a_log_counts_the_seconds_of_a_long_result(
     screen.live = False
     with Bar("ode", "image", 40):
         screen.now += 33
-        deadline = time.monotonic() + 10
-        while "ode:   0% 0/40 [00:33<?, ? image/s, compiling]\n" not in screen.getvalue():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for("ode:   0% 0/40 [00:33<?, ? image/s, compiling]\n", screen)
 
 
 def clock(seconds: int) -> str:

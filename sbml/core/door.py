@@ -204,6 +204,7 @@ def needs(hint: Any, broken: Collection[Any] = (), plural: bool = False) -> str:
         # The same words are named once, NumPy's numbers and scalar arrays beside a number never.
         scalar = "" if float in parts else "none"
         named = [p for p in parts if p is not np.number and getattr(p, "dim_str", None) != scalar]
+        # The rules are for each part; "" is none, because Annotated takes at least one.
         each = (p if p is type(None) else typing.Annotated[p, *rules, ""] for p in named)
         return ", or ".join(dict.fromkeys(needs(part, broken) for part in each))
     if origin is not tuple and (names := choices(hint)):

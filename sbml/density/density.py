@@ -78,6 +78,7 @@ from sbml.score.divergence import Trace, exact_batch
 from sbml.sdes import SDE
 
 PILOT = 256  # examples from which the density of a bound's times is estimated
+UNIFORM, DECODER = " by uniform dequantization", " by its decoder"  # in the line of a number
 WALK = 100  # Metropolis steps from a sample to a draw of the target of ``importance``
 
 
@@ -137,8 +138,8 @@ class Density(Distribution):
 
         ``options`` are those of the two methods.
         """
-        integers = jnp.issubdtype(np.asarray(data).dtype, jnp.integer)
-        return (self.bits_per_dim if integers else self.logp)(data, condition, **options)
+        number = self.bits_per_dim if _are_integers(data) else self.logp
+        return number(data, condition, **options)
 
     @checked
     def logp(
@@ -194,7 +195,7 @@ class Density(Distribution):
         target = Target(self.sde, self._eps, levels, uniform.Model())
         run, title = self._by_ode(k, target, condition), "bits/dim" if progress else ""
         found = dataclasses.replace(run, check=check, progress=title).estimate()
-        return dataclasses.replace(found, dequantization=" by uniform dequantization")
+        return dataclasses.replace(found, dequantization=UNIFORM)
 
     @checked
     def bound(
@@ -236,21 +237,17 @@ class Density(Distribution):
         """
 
         def in_scale(x: Any) -> tuple[Examples, np.ndarray]:
-            if not jnp.issubdtype(np.asarray(x).dtype, jnp.integer):
+            if not _are_integers(x):
                 return self._model_data(x)
             k, levels = checks.integers(x, self.shape, self.levels)
             return np.asarray(bits.to_model(jnp.asarray(k), 0.5, levels)), np.zeros(len(k))
 
-        (data, log_det), target, by = in_scale(x), Target(self.sde, self._eps), ""
-        measured = data
-        if jnp.issubdtype(np.asarray(x).dtype, jnp.integer):
-            measured, by = np.asarray(x), " by uniform dequantization"
-            target = Target(self.sde, self._eps, self.levels, uniform.Model())
-            if isinstance(self.score, NetworkScore) and self.score.has_decoder:
-                target, by = (
-                    dataclasses.replace(target, dequantizer=decoders.Learned()),
-                    " by its decoder",
-                )
+        data, log_det = in_scale(x)
+        measured, target, by = data, Target(self.sde, self._eps), ""
+        if _are_integers(x):
+            has_decoder = isinstance(self.score, NetworkScore) and self.score.has_decoder
+            model, by = (decoders.Learned(), DECODER) if has_decoder else (uniform.Model(), UNIFORM)
+            measured, target = np.asarray(x), Target(self.sde, self._eps, self.levels, model)
         reduction = Reduction()
         if reduce:
             fitted = data if fit is None else in_scale(fit)[0]
@@ -543,6 +540,10 @@ class WithLatent(ode_estimator.Estimator):
         terms, found = self.solved(score, params, data, key, target)
         zero = jnp.zeros(())
         return {**terms, "importance": zero, "latent": found.z}, found.stats.nfe
+
+
+def _are_integers(data: Any) -> bool:
+    return bool(jnp.issubdtype(np.asarray(data).dtype, jnp.integer))
 
 
 def _differ(one: Any, other: Any) -> bool:

@@ -69,7 +69,7 @@ class Model(Dequantizer):
     def __post_init__(self) -> None:
         if self.filters % self.heads:
             raise ValueError(
-                f"filters={self.filters} is not a multiple of heads={self.heads}: make it one"
+                f"filters={self.filters} is not a multiple of heads={self.heads}: give one"
             )
 
     @classmethod

@@ -398,7 +398,8 @@ def _in_u(field: Field, solver: Solver, sign: int = 1) -> Callable[..., Array]:
         slope = field(u**solver.power, y)
         if jnp.shape(slope) != y.shape:
             raise ValueError(
-                f"the field returned shape {jnp.shape(slope)} for y of shape {y.shape}: return that"
+                f"the field returned shape {jnp.shape(slope)} for y of shape "
+                f"{y.shape}: return dy/dt, of the shape of y"
             )
         return sign * _slope(u, solver) * slope
 

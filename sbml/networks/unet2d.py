@@ -301,7 +301,8 @@ class Model(nn.Module):
         if down_skip != sorted(down_skip, reverse=True) or up_skip != sorted(up_skip):
             raise ValueError(
                 f"down_block_types={brief(down)} and up_block_types={brief(up)}: give the down "
-                "blocks with Skip before those without, and the up blocks with Skip after"
+                "blocks with Skip before those without, and the up blocks with Skip after those "
+                "without"
             )
         if self.norm_num_groups == 0 and not all(down_skip + up_skip):
             raise ValueError(

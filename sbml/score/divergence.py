@@ -113,7 +113,9 @@ def quadratic_forms(f: Field, x: Example, vs: Annotated[Batch, nonempty]) -> tup
     def one(v: Array) -> tuple[Array, Array]:
         y, jv = jax.jvp(f, (x,), (v,))
         if y.shape != x.shape:
-            raise ValueError(f"f(x) has shape {y.shape} for x of shape {x.shape}: return that of x")
+            raise ValueError(
+                f"f(x) has shape {y.shape} for x of shape {x.shape}: return the shape of x"
+            )
         return y, jnp.sum(v * jv)
 
     if len(vs) <= CHUNK:

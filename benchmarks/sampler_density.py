@@ -167,10 +167,15 @@ def true_gap(density: sbml.Density, sampler: Chain) -> float:
     log_p_n, log_p = (
         np.asarray(density._log_prob(jnp.asarray(x), None, None, s), float) for s in (sampler, None)
     )
-    p_n, p = np.nan_to_num(np.exp(log_p_n)), np.exp(log_p)
+    # Where no latent leads, log p_N is NaN and p_N is 0: the sums show that nothing else was NaN.
+    reached, cell = ~np.isnan(log_p_n), float(side[1] - side[0]) ** d
+    p_n, p = np.exp(log_p_n, where=reached, out=np.zeros(len(x))), np.exp(log_p)
+    for name, total in (("p_N", p_n.sum() * cell), ("p", p.sum() * cell)):
+        if not abs(total - 1) < 0.01:
+            raise ValueError(f"{name} of {sampler} adds up to {total:.4f}: give a finer grid")
     # The sum of p - p_N is 0. With it the small errors of log p have no effect to first order.
-    terms = np.nan_to_num(p_n * (log_p_n - log_p)) + p - p_n
-    return float(terms.sum()) * float(side[1] - side[0]) ** d
+    terms = p_n * np.where(reached, log_p_n - log_p, 0.0) + p - p_n
+    return float(terms.sum()) * cell
 
 
 def gaps(name: str, density: sbml.Density) -> None:

@@ -4,6 +4,7 @@ python benchmarks/sampler_density.py [--workdir=runs/digits_vp]
 python benchmarks/sampler_density.py --gaps
 python benchmarks/sampler_density.py --folds
 python benchmarks/sampler_density.py --coverage
+python benchmarks/sampler_density.py --forecast
 
 For mixtures of four Gaussians of standard deviation .5 with their exact score, and with --workdir
 for the model of a run: the effective sample size of the weights p / p_N, the KL divergence of the
@@ -21,6 +22,10 @@ With --coverage: can the mark HEAVY TAILS of importance weights be trusted? For 
 ten steps of DDIM, whose density is N(0, .787^2 I), and by the ODE, and for targets N(0, s^2 I), it
 prints in how many of ``RUNS`` runs the result is marked, and how often log Z's interval contains
 log Z = 0. The steps of a run are those of ``Density.importance``; all runs are computed at once.
+
+With --forecast: how often does the interval of ``Importance.forecast`` from 1,000 weights contain
+the effective sample size of 100,000? The samples are of Student's t with some degrees of freedom,
+and the target is Student's t with fewer of them, so its tails are heavier.
 """
 
 import argparse
@@ -33,6 +38,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import stats
 
 import sbml
 from sbml.core.bits import LOG2
@@ -226,6 +232,30 @@ def folds(std: float, steps: int) -> None:
     print(f"| {std:g} | {steps} | {turned:.2%} | {folded:.3%} |", flush=True)
 
 
+def forecasts(proposal: float, target: float) -> None:
+    """Print the row of a target with ``target`` degrees of freedom."""
+    draws, zero, rows, marked = np.random.default_rng(0), np.zeros(1), [], 0
+
+    def result(n: int) -> Importance:
+        x = draws.standard_t(proposal, size=n)
+        weights = stats.t.logpdf(x, target) - stats.t.logpdf(x, proposal)
+        return Importance.of(x[:, None], weights, zero, zero - np.inf)
+
+    for _ in range(RUNS):
+        pilot, truth = result(1000), result(100_000).effective
+        if pilot.heavy_tailed:
+            marked += 1
+            continue
+        low, high = pilot.forecast(100_000)
+        rows.append((low <= truth <= high, 100 * pilot.effective / truth, high / low))
+    held, naive, width = np.array(rows).T
+    print(
+        f"| {proposal:g} | {target:g} | {marked / RUNS:.0%} | {held.mean():.2f} | "
+        f"{np.median(naive):.2f} | {naive.max():.1f} | {np.median(width):.2f} |",
+        flush=True,
+    )
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser()
@@ -233,7 +263,16 @@ def main() -> None:
     parser.add_argument("--workdir", help="folder of a run whose model has at most 100 dimensions")
     parser.add_argument("--gaps", action="store_true", help="the table of intervals of gaps")
     parser.add_argument("--folds", action="store_true", help="the table of Euler's method")
+    parser.add_argument("--forecast", action="store_true", help="the table of forecasts of the ESS")
     args = parser.parse_args()
+    if args.forecast:
+        print(
+            "| samples | target | refused | interval holds | ESS / n of the 1,000 / truth, median | "
+            "largest | high / low, median |\n|---:|---:|---:|---:|---:|---:|---:|"
+        )
+        for proposal, target in ((10, 8), (10, 6), (10, 5), (10, 4), (4, 2.5), (100, 30)):
+            forecasts(proposal, target)
+        return
     if args.gaps:
         print(
             "| density | sampler | evaluations | KL | +- without | +- with control | used | "

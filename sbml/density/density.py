@@ -67,7 +67,7 @@ from sbml.density.estimators import bound
 from sbml.density.estimators import ode as ode_estimator
 from sbml.density.estimators.base import Estimator, Rows, Target, rows
 from sbml.density.measurement import Measurement
-from sbml.density.posterior import Importance, Posterior
+from sbml.density.posterior import Importance, Posterior, effective_size
 from sbml.dequantizers import decoders, uniform
 from sbml.likelihood import ode
 from sbml.likelihood.bound import GaussianControl, Reduction, pilot
@@ -337,8 +337,11 @@ class Density(Distribution):
         log_target: Callable[..., Any],
         condition: Any = None,
         *,
+        target_ess: Count | None = None,
+        max_samples: Count | None = None,
         sampler: Chain | None = None,
         max_dims: Count = 100,
+        progress: bool = False,
     ) -> Importance:
         """Samples with weights exp(u(x)) / p(x) for the density exp(u(x)) / Z, and log Z.
 
@@ -352,25 +355,37 @@ class Density(Distribution):
           n: their number.
           log_target: u, a function of one example, in nats.
           condition: for a conditional score.
+          target_ess: the effective sample size at which to stop. Until it is reached, ``n`` more
+            samples follow, at most ``max_samples`` in all. None for ``n`` samples.
+          max_samples: None for 100 times ``n``.
           sampler, max_dims: as in :meth:`sample_and_log_prob`. With a sampler, p is its density,
             so there is no solver's error.
 
         Raises:
           ValueError: the trace is not exact: the weights would be biased.
         """
-        if self._trace.kind != "exact":
-            raise ValueError(
-                f"trace={self._trace}: the noise of probes biases importance weights; give "
-                "Density(trace=Trace('exact'))"
-            )
+        self._check_exact()
         transforms.check_spacing(self.transform, self.shape)
         conditions = self._conditions(condition, (n,))
-        x, logp = self.sample_and_log_prob(key, n, condition, sampler=sampler, max_dims=max_dims)
-        u = np.asarray(pytrees.mapped(log_target, x, self.batch_size), float)
-        if u.shape != (n,):
-            raise ValueError(
-                f"log_target returned shape {u.shape[1:]} for one example: return a scalar"
-            )
+
+        def draw(key: Key) -> tuple[np.ndarray, ...]:
+            """``n`` samples, their log p, and their u."""
+            x, p = self.sample_and_log_prob(key, n, condition, sampler=sampler, max_dims=max_dims)
+            u = np.asarray(pytrees.mapped(log_target, x, self.batch_size), float)
+            if u.shape != (n,):
+                raise ValueError(
+                    f"log_target returned shape {u.shape[1:]} for one example: return a scalar"
+                )
+            return np.asarray(x), np.asarray(p, float), u
+
+        rounds = 1 if target_ess is None else max((max_samples or 100 * n) // n, 1)
+        parts: list[tuple[np.ndarray, ...]] = []
+        for i in over(range(rounds), f"samples, {n} each" if progress else "", "part", rounds):
+            parts.append(draw(jax.random.fold_in(key, i) if i else key))
+            x, logp, u = (np.concatenate(each) for each in zip(*parts, strict=True))
+            weights = u - logp
+            if target_ess and effective_size(weights) >= target_ess:
+                break
         few = min(n, self.subset)
         strict = dataclasses.replace(self, solver=reference(self.solver))
 
@@ -385,7 +400,7 @@ class Density(Distribution):
         # The density of a sampler is exact.
         error = np.zeros(few)
         if sampler is None:
-            error = log_prob(strict, x, few) - np.asarray(logp[:few], float)
+            error = log_prob(strict, x, few) - logp[:few]
         count = min(n, 4 * few)
         keys = jax.random.split(stream(key, "target"), count)
         # The first step is best for a normal target of this scale (Roberts & Rosenthal 2001).
@@ -393,8 +408,44 @@ class Density(Distribution):
         walk = functools.partial(_walk, log_target, step)
         y, u_y = pytrees.mapped(walk, (x[:count], keys), self.batch_size)
         of_target = np.asarray(u_y, float) - log_prob(self, y, count)
-        weights, evaluations = u - np.asarray(logp, float), None if sampler is None else sampler.nfe
-        return Importance.of(np.asarray(x), weights, error, of_target, evaluations)
+        evaluations = None if sampler is None else sampler.nfe
+        return Importance.of(x, weights, error, of_target, evaluations, target_ess or 0)
+
+    @checked
+    def joint(self, conditions: Any, log_prior: Callable[..., Any]) -> Callable[[Array], Array]:
+        """The log density of x given all ``conditions`` together, up to a constant (``posterior``):
+
+            u(x) = sum_i log p(x | c_i) - (n - 1) log_prior(x),      -inf where log_prior is -inf
+
+        It is a function of one example for :meth:`importance`, with one of the conditions for the
+        samples, and for Markov chains. The conditions, such as observations, are independent given
+        x, and each p(x | c) was learned with the same prior.
+
+        Args:
+          conditions: a pytree of arrays ``(n, ...)``.
+          log_prior: log pi in nats, a function of one example.
+
+        Raises:
+          ValueError: the trace is not exact.
+        """
+        self._check_exact()
+        conditions = jax.tree.map(jnp.asarray, checks.as_arrays(conditions))
+        n = checks.count(conditions)
+
+        def u(x: Array) -> Array:
+            prior = jnp.asarray(log_prior(x), x.dtype)
+            each = self.log_prob(jnp.broadcast_to(x, (n, *self.shape)), condition=conditions)
+            inside = prior > -jnp.inf
+            return jnp.where(inside, each.sum() - (n - 1) * jnp.where(inside, prior, 0), -jnp.inf)
+
+        return u
+
+    def _check_exact(self) -> None:
+        if self._trace.kind != "exact":
+            raise ValueError(
+                f"trace={self._trace}: the noise of probes biases importance weights; give "
+                "Density(trace=Trace('exact'))"
+            )
 
     @checked
     def gap(

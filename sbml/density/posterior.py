@@ -25,23 +25,41 @@ the target itself is asked. For draws y of exp(u) / Z and the largest weight c o
 is the share of Z that lies in weights above c, of which the samples have none. The draws y are the
 ends of random walks (Metropolis) from samples. Where no walk leads, such as to a mode far from all
 samples, neither the weights nor the walks show anything.
+
+*Forecast.* ESS / n falls with n if the weights have heavy tails, so few samples do not show that of
+many. :meth:`Importance.forecast` draws n weights, the largest of them from a generalised Pareto
+distribution that is fitted to those of the samples.
+
+*Several observations.* If theta has the prior pi and the observations x_i are independent,
+
+    p(theta | x_1, ..., x_n) = exp(u(theta)) / Z,
+    u(theta) = sum_i log p(theta | x_i) - (n - 1) log pi(theta),
+    Z = p(x_1, ..., x_n) / (p(x_1) ... p(x_n)),
+
+see ``Density.joint``. Z is the factor by which the evidence of all observations together is larger
+than the product of those of each.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import numpy as np
 import scipy
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from sbml.core.scalars import notation
+from sbml.core.door import checked
+from sbml.core.scalars import between, notation
 from sbml.statistics import intervals
 from sbml.statistics.intervals import Interval
 
 Table = Float[np.ndarray, "n C"]
 Part = Float[np.ndarray, "m C"]  # of a subset of the examples
+
+REPEATS = 200  # bootstrap samples of a forecast
+LEAST = 5 * intervals.LEAST_TAIL  # samples, for a forecast
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -202,6 +220,7 @@ class Importance:
       missing: the share of Z in weights above the largest one of the samples, from 0 to 1.
       evaluations: the number of evaluations of the score for a sample of a sampler with fixed
         steps; None for the ODE.
+      target_ess: the effective sample size that was asked for; 0 for none.
     """
 
     x: np.ndarray
@@ -212,6 +231,7 @@ class Importance:
     tail: float
     missing: float
     evaluations: int | None = None
+    target_ess: int = 0
 
     @classmethod
     def of(
@@ -221,6 +241,7 @@ class Importance:
         error: np.ndarray,
         of_target: np.ndarray,
         evaluations: int | None = None,
+        target_ess: int = 0,
     ) -> "Importance":
         """The result for samples ``x (n, *s)``, their ``log_weights (n,)``, and the ``error`` of
         log p of some of them; ``of_target (m,)`` are log weights of draws of the target.
@@ -238,11 +259,11 @@ class Importance:
         stderr = float(np.std(weights, ddof=1)) / (mean * math.sqrt(n)) if n > 1 else math.inf
         log_z = float(largest) + (math.log(mean) if mean > 0 else math.nan)
         half = intervals.half_width(stderr, n - 1)
-        effective = float(np.sum(weights) ** 2 / np.sum(weights**2))
+        effective = effective_size(log_weights)
         of_z = Interval(log_z, stderr, half, n, lost)
         solver_error = intervals.mean_interval(-error)
         tail, missing = intervals.pareto_k(weights), float(np.mean(-np.expm1(-excess.clip(0))))
-        found = solver_error, effective, tail, missing, evaluations
+        found = solver_error, effective, tail, missing, evaluations, target_ess
         return cls(x, log_weights, of_z, *found)
 
     @property
@@ -252,6 +273,38 @@ class Importance:
         last digit that is printed, or log Z is NaN. A shift by a quarter leaves 92% coverage."""
         allowed = max(0.25 * self.log_z.ci95, 1e-4)  # NaN if the first is.
         return self.tail > intervals.HEAVY or not self.missing <= allowed
+
+    @checked
+    def forecast(self, n: Annotated[int, between(1, 10**7)]) -> tuple[float, float]:
+        """The 95% interval of the effective sample size that ``n`` samples would have.
+
+        It is that of ``REPEATS`` bootstrap samples of the weights. In each, the largest weights are
+        draws of a generalised Pareto distribution, which is fitted to its own largest weights.
+
+        Raises:
+          ValueError: the weights are ``heavy_tailed``, so the largest ones are not known, or there
+            are fewer than ``LEAST`` samples.
+        """
+        if self.heavy_tailed or len(self.x) < LEAST:
+            raise ValueError(f"{len(self.x)} samples allow no forecast of n={n}: {self}")
+        weights = np.sort(np.exp(self.log_weights - self.log_weights.max()))
+        size, draws = len(weights), np.random.default_rng(0)
+        # Weights without a tail are bounded: all are drawn again.
+        m = 0 if math.isnan(self.tail) else math.ceil(min(size / 5, 3 * math.sqrt(size)))
+        body, tail = weights[: size - m], weights[size - m :]
+        found = []
+        for _ in range(REPEATS):
+            part, count = draws.choice(body, size - m), int(draws.binomial(n, m / size))
+            largest = np.zeros(count)
+            if count:
+                excess = np.sort(draws.choice(tail, m)) - body[-1]
+                k, scale = intervals.generalised_pareto(excess)
+                largest = body[-1] + scale * np.expm1(k * draws.exponential(size=count)) / k
+            total = (n - count) * np.mean(part) + np.sum(largest)
+            squares = (n - count) * np.mean(part**2) + np.sum(largest**2)
+            found.append(total**2 / squares)
+        low, high = np.quantile(found, [0.025, 0.975])
+        return float(low), float(high)
 
     def __repr__(self) -> str:
         text = (
@@ -271,4 +324,18 @@ class Importance:
                 f", HEAVY TAILS: {known}, so neither number can be trusted; take more samples, or "
                 "a density closer to this target"
             )
+        elif self.effective < self.target_ess and len(self.x) >= LEAST:
+            n = min(math.ceil(len(self.x) * self.target_ess / self.effective), 10**7)
+            low, high = self.forecast(n)
+            text += (
+                f", below target_ess={self.target_ess}: with {n} samples it would be between "
+                f"{low:.0f} and {high:.0f} (95%)"
+            )
         return text
+
+
+def effective_size(log_weights: np.ndarray) -> float:
+    """The effective sample size (sum w)^2 / sum w^2 of ``log_weights (n,)``."""
+    with np.errstate(invalid="ignore"):
+        weights = np.exp(log_weights - np.max(log_weights))
+    return float(np.sum(weights) ** 2 / np.sum(weights**2))

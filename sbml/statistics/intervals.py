@@ -172,6 +172,13 @@ def pareto_k(deviations: Real[np.ndarray | jax.Array, "..."]) -> float:
     quartile = tail[int(count / 4 + 0.5) - 1]
     if not quartile > 1e-4 * magnitudes[-count - 1]:
         return math.nan
+    return generalised_pareto(tail)[0]
+
+
+def generalised_pareto(tail: np.ndarray) -> tuple[float, float]:
+    """Shape and scale of a generalised Pareto distribution, fitted to sorted excesses ``tail (m,)``
+    as in :func:`pareto_k`. Its quantiles are scale ((1 - p)^-k - 1) / k."""
+    count, quartile = len(tail), tail[int(len(tail) / 4 + 0.5) - 1]
     grid = np.arange(1, 31 + int(math.sqrt(count))) - 0.5
     theta = 1 / tail[-1] + (1 - np.sqrt(len(grid) / grid)) / (3 * quartile)
 
@@ -180,8 +187,9 @@ def pareto_k(deviations: Real[np.ndarray | jax.Array, "..."]) -> float:
 
     each = shape(theta)
     weights = scipy.special.softmax(count * (np.log(-theta / each) - each - 1))
-    k = float(shape(np.atleast_1d(weights @ theta))[0])
-    return (count * k + 10 * 0.5) / (count + 10)
+    best = np.atleast_1d(weights @ theta)
+    k = float(shape(best)[0])
+    return (count * k + 10 * 0.5) / (count + 10), -k / float(best[0])
 
 
 def about_tail(k: float, draws: str) -> str:

@@ -267,7 +267,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.forecast:
         print(
-            "| samples | target | refused | interval holds | ESS / n of the 1,000 / truth, median | "
+            "| samples | target | refused | interval holds | share / truth, median | "
             "largest | high / low, median |\n|---:|---:|---:|---:|---:|---:|---:|"
         )
         for proposal, target in ((10, 8), (10, 6), (10, 5), (10, 4), (4, 2.5), (100, 30)):

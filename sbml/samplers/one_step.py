@@ -74,7 +74,6 @@ class FlowPolicy(EulerMaruyama):
     a: Annotated[Number, positive] = 0.7
 
     def noise(self, sde: SDE, s: Scalar, t: Scalar) -> Scalar:
-        """See ``EulerMaruyama``."""
         last = jnp.where(s > 0.9999 * sde.largest_time, t, s)
         return self.a * jnp.sqrt(sde.std(s) / sde.mean_coef(last))
 
@@ -101,7 +100,6 @@ class DDIM(FixedSteps):
 
     @property
     def deterministic(self) -> bool:
-        """See ``FixedSteps``."""
         return bool(self.eta == 0)
 
     def transition(self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar) -> Transition:
@@ -128,14 +126,10 @@ class Midpoint(FixedSteps):
     """A deterministic sampler of second order for 5 to 20 steps of two evaluations."""
 
     evaluations: ClassVar[int] = 2
+    deterministic: ClassVar[bool] = True
 
     steps: Steps = 10
     spacing: Spacing = "log_snr"
-
-    @property
-    def deterministic(self) -> bool:
-        """See ``FixedSteps``."""
-        return True
 
     def transition(self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar) -> Transition:
         middle = sde.time(0.5 * (sde.log_snr(s) + sde.log_snr(t)))

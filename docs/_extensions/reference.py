@@ -49,7 +49,7 @@ INTERNAL = {
     "sbml.likelihood.ode": (
         "check_tolerances, check_precision, growth, most_evaluations, last_time, rms_norm"
     ),
-    "sbml.likelihood.quadrature": "lobatto_error, lone_step_error, beside_integral",
+    "sbml.likelihood.quadrature": "lobatto_error, lone_step_error",
     "sbml.core.types": (
         "at_least_float32, full_precision, in_full_precision, half_precision, check_function"
     ),

@@ -31,6 +31,7 @@ from jaxtyping import Bool, Integer
 
 from sbml.core import pytrees, scalars
 from sbml.core.door import checked, typed
+from sbml.core.pytrees import static
 from sbml.core.scalars import (
     Number,
     above_0,
@@ -50,7 +51,6 @@ from sbml.core.types import (
     PyTree,
     Scalar,
     Score,
-    T,
     deterministic,
     full_precision,
     half_precision,
@@ -127,10 +127,6 @@ class Stats(NamedTuple):
     success: Bool[Array, ""]
 
 
-def _static(default: T) -> T:
-    return dataclasses.field(default=default, metadata={"static": True})
-
-
 @pytrees.register
 @typed
 @dataclasses.dataclass(frozen=True)
@@ -161,14 +157,14 @@ class Solver:
     method: Annotated[str, one_of(*METHODS)] = "tsit5"
     rtol: Tolerance = 1e-4
     atol: Tolerance = 1e-4
-    power: Annotated[Number, positive] = _static(2.0)
-    first_step: Annotated[Number, positive] = _static(1e-2)
-    pcoeff: Annotated[Number, finite, at_least(0)] = _static(0.3)
+    power: Annotated[Number, positive] = static(2.0)
+    first_step: Annotated[Number, positive] = static(1e-2)
+    pcoeff: Annotated[Number, finite, at_least(0)] = static(0.3)
     # With icoeff <= 0 a step would not become shorter after an error that is too large.
-    icoeff: Annotated[Number, positive] = _static(0.4)
-    fixed_steps: scalars.Steps | None = _static(None)
-    max_steps: Steps = _static(MAX_STEPS)
-    adjoint: Annotated[str, one_of("forward", "reverse")] = _static("forward")
+    icoeff: Annotated[Number, positive] = static(0.4)
+    fixed_steps: scalars.Steps | None = static(None)
+    max_steps: Steps = static(MAX_STEPS)
+    adjoint: Annotated[str, one_of("forward", "reverse")] = static("forward")
 
     def __post_init__(self) -> None:
         if self.method == "euler" and self.fixed_steps is None:
@@ -352,7 +348,7 @@ def solve_with_integral(
       (y(t1), the integral of h dt from t0 to t1, its correction by w) and stats. The three are NaN
       if the solver gave up.
     """
-    from sbml.likelihood.quadrature import WithIntegral, beside_integral
+    from sbml.likelihood.quadrature import WithIntegral
 
     y = in_full_precision(y)
     # WithIntegral goes forwards only: backwards in time the coordinate is -u.
@@ -363,8 +359,12 @@ def solve_with_integral(
         slope = sign * _slope(sign * u, solver)
         return slope * v, slope * h / y.size, w / y.size
 
-    method = WithIntegral(_method(solver), joint_in_u)
-    rates, start = beside_integral(_in_u(field, solver, sign)), (y, jnp.zeros((2,), y.dtype))
+    in_u = _in_u(field, solver, sign)
+
+    def rates(u: Array, state: tuple[Array, Array], args: None) -> tuple[Array, Array]:
+        return in_u(u, state[0], args), jnp.zeros_like(state[1])
+
+    method, start = WithIntegral(_method(solver), joint_in_u), (y, jnp.zeros((2,), y.dtype))
     (end, integrals), stats = _integrate(
         rates, method, t0, t1, start, solver, _evaluations_with_integral(solver), sign
     )

@@ -168,7 +168,10 @@ def reconstruction(
     """-log P(pixels | x_eps) by the decoder, x_eps = alpha c + sigma z: nats, a scalar."""
     sde.check_time(eps)
     rho = jnp.exp(-0.5 * sde.log_snr(eps))
-    return noise.nats(bits.to_model(pixels, 0.5, noise.levels) + rho * z, eps, pixels, rho)
+    y = bits.to_model(pixels, 0.5, noise.levels) + rho * z
+    if noise.decoder is None:
+        return decoder_nats(y, pixels, noise.levels, rho)
+    return noise.decoder(y, eps, pixels)
 
 
 @typed
@@ -192,12 +195,6 @@ class Categorical:
 
     levels: Levels
     decoder: Decoder | None = None
-
-    def nats(self, y: Array, eps: Array, pixels: Array, rho: Array) -> Array:
-        """-log P(pixels | y) in nats, a scalar."""
-        if self.decoder is None:
-            return decoder_nats(y, pixels, self.levels, rho)
-        return self.decoder(y, eps, pixels)
 
 
 def _normals(key: Key, n: int, centre: Example) -> tuple[Float[Array, " n 2 *s"], Example]:

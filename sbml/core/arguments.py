@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from sbml.core import pytrees
 from sbml.core.types import (
@@ -41,6 +41,7 @@ from sbml.core.types import (
     T,
     conditioned,
     deterministic,
+    equations,
     predictor,
 )
 
@@ -204,15 +205,13 @@ def _traced(
     return Program(closed, text), tuple(arrays)
 
 
-def _inner_constants(jaxpr: ClosedJaxpr | Jaxpr) -> Iterator[str]:
+def _inner_constants(jaxpr: ClosedJaxpr) -> Iterator[str]:
     """The type, shape and checksum of every array that a function inside ``jaxpr`` has read."""
-    for equation in jaxpr.eqns:
+    for equation in equations(jaxpr):
         for inner in jax.tree.leaves(list(equation.params.values())):
             for constant in map(np.asarray, getattr(inner, "consts", ())):
                 digest = hashlib.sha256(np.ascontiguousarray(constant)).hexdigest()
                 yield f"{constant.dtype}{constant.shape} {digest}"
-            if hasattr(inner, "eqns"):
-                yield from _inner_constants(inner)
 
 
 def _in_float32(array: Array | np.ndarray) -> Array | np.ndarray:

@@ -133,7 +133,7 @@ def half_precision(f: Callable[..., PyTree], *arguments: PyTree) -> str:
     Code that reads the bits of a number as an integer can round it too, so it has a name as well.
     Rounding by other functions, such as ``jnp.round``, is not seen.
     """
-    for equation in _equations(jax.make_jaxpr(f)(*arguments)):
+    for equation in equations(jax.make_jaxpr(f)(*arguments)):
         if equation.primitive is jax.lax.bitcast_convert_type_p:
             given = equation.invars[0].aval.dtype  # type: ignore[attr-defined]
             if jnp.issubdtype(given, jnp.floating):
@@ -150,13 +150,13 @@ def half_precision(f: Callable[..., PyTree], *arguments: PyTree) -> str:
     return ""
 
 
-def _equations(jaxpr: ClosedJaxpr | Jaxpr) -> Iterator[JaxprEqn]:
+def equations(jaxpr: ClosedJaxpr | Jaxpr) -> Iterator[JaxprEqn]:
     """All operations of a jaxpr, with those inside jit, scan, cond and others."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.tree.leaves(list(equation.params.values())):
             if hasattr(inner, "eqns"):
-                yield from _equations(inner)
+                yield from equations(inner)
 
 
 def _canonical(x: Anything) -> jnp.dtype:

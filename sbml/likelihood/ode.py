@@ -419,14 +419,6 @@ def _method(solver: Solver) -> "diffrax.AbstractSolver":
     return kind(scan_kind="bounded" if solver.fixed_steps else "lax")
 
 
-def _adjoint(solver: Solver) -> "diffrax.AbstractAdjoint":
-    import diffrax
-
-    if solver.adjoint == "reverse":
-        return diffrax.RecursiveCheckpointAdjoint()
-    return diffrax.DirectAdjoint() if solver.fixed_steps else diffrax.ForwardMode()
-
-
 def _integrate(
     rates: Callable[..., PyTree],
     method: "diffrax.AbstractSolver",
@@ -448,9 +440,10 @@ def _integrate(
     u0, u1 = sign * t0 ** (1 / solver.power), sign * t1 ** (1 / solver.power)
     length, max_steps = u1 - u0, solver.max_steps
     controller: diffrax.AbstractStepSizeController
+    adjoint: diffrax.AbstractAdjoint
     if solver.fixed_steps is not None:
         first, controller = length / solver.fixed_steps, diffrax.ConstantStepSize()
-        max_steps = solver.fixed_steps + 1
+        max_steps, adjoint = solver.fixed_steps + 1, diffrax.DirectAdjoint()
     else:
         first = jnp.sign(length) * jnp.minimum(solver.first_step, jnp.abs(length))
         controller = Control(
@@ -460,6 +453,9 @@ def _integrate(
             icoeff=solver.icoeff,
             norm=rms_norm,
         )
+        adjoint = diffrax.ForwardMode()
+    if solver.adjoint == "reverse":
+        adjoint = diffrax.RecursiveCheckpointAdjoint()
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(rates),
         method,
@@ -469,7 +465,7 @@ def _integrate(
         y0=start,
         stepsize_controller=controller,
         max_steps=max_steps,
-        adjoint=_adjoint(solver),
+        adjoint=adjoint,
         throw=False,
     )
     success, counts = solution.result == diffrax.RESULTS.successful, solution.stats

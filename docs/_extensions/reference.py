@@ -21,7 +21,7 @@ import sbml
 FOLDER = "reference"
 # Functions and classes that other files of the package need, and users do not.
 INTERNAL = {
-    "sbml.core.bits": "check_levels, check_pixels, check_dequantized",
+    "sbml.core.bits": "check_pixels, check_dequantized",
     "sbml.codec.file": "as_integers, packed, crc32",
     "sbml.codec.stack": "coder, installed, require",
     "sbml.core.compiler": "version, needs_cure, knows, with_flags",

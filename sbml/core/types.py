@@ -97,6 +97,9 @@ Joint = Callable[[Scalar, Example], tuple[Example, Scalar, Example]]
 Optional = Literal["batch", "predictions", "given", "sde", "decoder_nats", "decoder_log_p"]
 BatchScore = Callable[[Batch, Vector, Key | None], Batch]
 
+# By default, accelerators compute products with fewer digits.
+product = functools.partial(jnp.matmul, precision="highest")
+
 
 def at_least_float32(x: Elementwise) -> Elementwise:
     """``x`` in float32 or, if it is of float64, unchanged: the variance of noise of half precision

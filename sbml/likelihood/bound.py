@@ -59,7 +59,6 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Float, Real
 
 from sbml.core.door import checked
@@ -80,6 +79,7 @@ from sbml.core.types import (
     conditioned,
     deterministic,
     in_full_precision,
+    product,
 )
 from sbml.losses import perturb, residual
 from sbml.score import divergence
@@ -189,14 +189,14 @@ class GaussianControl:
                 f"of this shape, so that each is ({x.size},)"
             )
         flat = x.reshape(-1) - self.mean
-        return flat if self.basis is None else _product(self.basis.T, flat)
+        return flat if self.basis is None else product(self.basis.T, flat)
 
     @checked
     def noise(self, sde: SDE, x_t: Example, t: Scalar) -> Example:
         """E[z | x_t] = rho (C + rho^2)^-1 (x_t / alpha - m), shape ``(*s)``."""
         alpha, rho = sde.mean_coef(t), sde.std(t) / sde.mean_coef(t)
         y = rho / (self.variances + rho**2) * self._coordinates(x_t / alpha)
-        return (y if self.basis is None else _product(self.basis, y)).reshape(x_t.shape)
+        return (y if self.basis is None else product(self.basis, y)).reshape(x_t.shape)
 
     def coefficient(self, sde: SDE, t: Scalar) -> Scalar:
         """The coefficient at the time ``t``, a scalar."""
@@ -251,12 +251,6 @@ def chain(sde: SDE, eps: Number, steps: int | Steps) -> tuple[Array, Array, Scal
     log_snr = sde.log_snr(t)
     constant = 0.5 * jnp.sum(jnp.log(r) + 1 / r - 1)
     return t[1:], 0.5 * jnp.expm1(log_snr[:-1] - log_snr[1:]) / r, constant
-
-
-def _product(matrix: ArrayLike, vector: Flat) -> Flat:
-    """The product at full precision, because ``integral`` assumes that it is exact. Accelerators
-    round products otherwise."""
-    return jnp.matmul(matrix, vector, precision="highest")
 
 
 @jax.tree_util.register_dataclass

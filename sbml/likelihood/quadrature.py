@@ -33,7 +33,7 @@ step.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import diffrax
 import jax
@@ -164,16 +164,11 @@ class WithIntegral(diffrax.AbstractAdaptiveSolver):
       joint: (t, y) -> f, h, w.
     """
 
+    term_structure: ClassVar[Any] = diffrax.AbstractTerm
+    interpolation_cls: ClassVar[Any] = diffrax.LocalLinearInterpolation
+
     method: diffrax.AbstractSolver
     joint: Joint
-
-    @property
-    def term_structure(self) -> type[diffrax.AbstractTerm]:
-        return self.method.term_structure
-
-    @property
-    def interpolation_cls(self) -> type[diffrax.AbstractLocalInterpolation]:  # type: ignore[override]
-        return diffrax.LocalLinearInterpolation
 
     def order(self, terms: diffrax.AbstractTerm) -> int | None:
         return self.method.order(terms)

@@ -131,10 +131,6 @@ class FixedSteps(Chain):
     def nfe(self) -> int:
         return self.steps * (self.evaluations + self.corrector.nfe)
 
-    @property
-    def deterministic(self) -> bool:
-        return False
-
     def times(self, sde: SDE, eps: Number) -> Times:
         return grid(sde, eps, self.steps, self.spacing)
 

@@ -38,15 +38,6 @@ from sbml.samplers.density import Transition
 from sbml.sdes import SDE
 
 
-def forward(sde: SDE, t: Scalar, s: Scalar) -> tuple[Scalar, Scalar]:
-    """The scalars a and b of p(x_s | x_t) = N(a x_t, b^2 I), t < s.
-
-    b^2 = sigma_s^2 (1 - exp(lambda_s - lambda_t)), which does not cancel for small steps.
-    """
-    drop = sde.log_snr(s) - sde.log_snr(t)
-    return sde.mean_coef(s) / sde.mean_coef(t), sde.std(s) * jnp.sqrt(-jnp.expm1(drop))
-
-
 class EulerMaruyama(FixedSteps):
     """The Euler-Maruyama method for the reverse SDE."""
 
@@ -82,7 +73,9 @@ class ReverseDiffusion(FixedSteps):
     """The discretisation of the reverse SDE that matches the forward chain (eq. 46)."""
 
     def transition(self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar) -> Transition:
-        a, b = forward(sde, t, s)
+        # b^2 = sigma_s^2 (1 - exp(lambda_s - lambda_t)) does not cancel for small steps.
+        drop = sde.log_snr(s) - sde.log_snr(t)
+        a, b = sde.mean_coef(s) / sde.mean_coef(t), sde.std(s) * jnp.sqrt(-jnp.expm1(drop))
         return Transition((2 - a) * x + b**2 * deterministic(score, x, s), b)
 
 

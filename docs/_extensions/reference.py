@@ -21,7 +21,7 @@ import sbml
 FOLDER = "reference"
 # Functions and classes that other files of the package need, and users do not.
 INTERNAL = {
-    "sbml.core.bits": "check_levels, check_pixels, check_dequantized",
+    "sbml.core.bits": "check_pixels, check_dequantized",
     "sbml.codec.file": "as_integers, packed, crc32",
     "sbml.codec.stack": "coder, installed, require",
     "sbml.core.compiler": "version, needs_cure, knows, with_flags",
@@ -49,7 +49,7 @@ INTERNAL = {
     "sbml.likelihood.ode": (
         "check_tolerances, check_precision, growth, most_evaluations, last_time, rms_norm"
     ),
-    "sbml.likelihood.quadrature": "lobatto_error, lone_step_error, beside_integral",
+    "sbml.likelihood.quadrature": "lobatto_error, lone_step_error",
     "sbml.core.types": (
         "at_least_float32, full_precision, in_full_precision, half_precision, check_function"
     ),

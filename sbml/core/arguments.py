@@ -22,7 +22,7 @@ import functools
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,23 +41,15 @@ from sbml.core.types import (
     T,
     conditioned,
     deterministic,
+    equations,
     predictor,
 )
 
 Arrays = tuple[Array | np.ndarray, ...]
+# A pytree without its arrays: the type and value of each leaf, with None in the place of an array,
+# and the structure. It is hashable if the leaves are.
+Rest = tuple[tuple[tuple[type, object] | None, ...], jax.tree_util.PyTreeDef]
 Shape = jax.ShapeDtypeStruct
-
-
-class Rest(NamedTuple):
-    """What is left of a pytree without its arrays. It is hashable if the other leaves are.
-
-    Attributes:
-      others: the type and value of each leaf, with None in the place of an array.
-      structure: the structure of the pytree.
-    """
-
-    others: tuple[tuple[type, object] | None, ...]
-    structure: jax.tree_util.PyTreeDef
 
 
 def split(tree: PyTree) -> tuple[Arrays, Rest]:
@@ -65,14 +57,14 @@ def split(tree: PyTree) -> tuple[Arrays, Rest]:
     leaves, structure = jax.tree.flatten(tree)
     arrays = tuple(filter(_is_array, leaves))
     others = (None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
-    return arrays, Rest(tuple(others), structure)
+    return arrays, (tuple(others), structure)
 
 
 def joined(arrays: Iterable[object], rest: Rest) -> PyTree:
     """The inverse of :func:`split`; ``arrays`` may also be other objects, one for each array."""
-    values = iter(arrays)
-    leaves = [next(values) if other is None else other[1] for other in rest.others]
-    return jax.tree.unflatten(rest.structure, leaves)
+    values, (others, structure) = iter(arrays), rest
+    leaves = [next(values) if other is None else other[1] for other in others]
+    return jax.tree.unflatten(structure, leaves)
 
 
 def compiled(f: Callable[P, T], *static: str) -> Callable[P, T]:
@@ -96,21 +88,17 @@ def compiled(f: Callable[P, T], *static: str) -> Callable[P, T]:
     return cast(Callable[P, T], outside)
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
 class Program:
     """The operations of a function of arrays, without the arrays that it has read.
 
     Attributes:
+      jaxpr: the operations.
       text: a text of the operations and of their derivative. Programs with the same text are equal.
     """
 
-    def __init__(self, closed: ClosedJaxpr, text: str) -> None:
-        self.jaxpr, self.text = closed.jaxpr, text
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Program) and self.text == other.text
-
-    def __hash__(self) -> int:
-        return hash(self.text)
+    jaxpr: Jaxpr = dataclasses.field(compare=False)
+    text: str
 
     def __call__(self, constants: Arrays, *arguments: Array) -> list[Array]:
         """The results for ``arguments``, if the function reads ``constants`` as its arrays."""
@@ -201,18 +189,16 @@ def _traced(
     text = "\n".join([*map(str, programs), *(c for p in programs for c in _inner_constants(p))])
     # Some versions of JAX wrap arrays of NumPy in a class of their own.
     arrays = (c if isinstance(c, jax.Array) else jnp.asarray(c) for c in closed.consts)
-    return Program(closed, text), tuple(arrays)
+    return Program(closed.jaxpr, text), tuple(arrays)
 
 
-def _inner_constants(jaxpr: ClosedJaxpr | Jaxpr) -> Iterator[str]:
+def _inner_constants(jaxpr: ClosedJaxpr) -> Iterator[str]:
     """The type, shape and checksum of every array that a function inside ``jaxpr`` has read."""
-    for equation in jaxpr.eqns:
+    for equation in equations(jaxpr):
         for inner in jax.tree.leaves(list(equation.params.values())):
             for constant in map(np.asarray, getattr(inner, "consts", ())):
                 digest = hashlib.sha256(np.ascontiguousarray(constant)).hexdigest()
                 yield f"{constant.dtype}{constant.shape} {digest}"
-            if hasattr(inner, "eqns"):
-                yield from _inner_constants(inner)
 
 
 def _in_float32(array: Array | np.ndarray) -> Array | np.ndarray:

@@ -42,12 +42,6 @@ Fraction = Annotated[
 ]
 
 
-def check_levels(levels: int, most: int) -> None:
-    """Raise a ValueError if ``levels``, the number of levels, is larger than ``most``."""
-    if levels > most:
-        raise ValueError(f"levels={levels}: give an integer of 2 to {most}")
-
-
 def check_pixels(pixels: Anything | np.ndarray, levels: int) -> None:
     """Raise a ValueError unless ``pixels`` are integers 0 .. levels - 1. Values are not checked
     inside ``jit``."""

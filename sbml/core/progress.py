@@ -53,7 +53,6 @@ class Bar(tqdm):
         leave: bool = True,
     ) -> None:
         self._live = live = sys.stderr.isatty() or "ipykernel" in type(sys.stderr).__module__
-        self._begun = threading.Event()  # There is a result.
         self._ended = threading.Event()
         self._compiles, self._quantity, self._text, self._shown = compiles, quantity, "", ""
         self._sum, self._count = 0.0, 0  # of the values
@@ -100,8 +99,7 @@ class Bar(tqdm):
         if self.disable:
             return
         self._text = self._text if text is None else text
-        if not self._begun.is_set():
-            self._begun.set()
+        if not self._since:
             self.delay, self._before, self._since = 0, self.n + n, self._time()
             self.last_print_t = -np.inf if self._live else self._since  # A log waits for a speed.
         super().update(n)
@@ -120,7 +118,6 @@ class Bar(tqdm):
 
     def close(self) -> None:
         """End the bar; if it was never shown, nothing is shown."""
-        self._begun.set()
         self._ended.set()
         if not (self._live or self.disable or self.delay):
             self.display()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Class = TypeVar("Class", bound=type)
 
 _LEAVES = "_names_of_leaves"
+Leaf = tuple[jax.tree_util.GetAttrKey, PyTree]
 # The names of the leaves, and the static fields with their values.
 Static = tuple[tuple[str, ...], tuple[tuple[str, object], ...]]
 
@@ -33,9 +34,14 @@ Static = tuple[tuple[str, ...], tuple[tuple[str, object], ...]]
 def register(cls: Class) -> Class:
     """Register ``cls``, which is or will be a dataclass, as a pytree; also a class decorator."""
     jax.tree_util.register_pytree_with_keys(
-        cls, _flatten_with_keys, lambda static, leaves: _unflatten(cls, static, leaves), _flatten
+        cls, _flatten, lambda static, leaves: _unflatten(cls, static, leaves)
     )
     return cls
+
+
+def static(default: T) -> T:
+    """A static field of a dataclass, with its default."""
+    return dataclasses.field(default=default, metadata={"static": True})
 
 
 def _is_number(value: object) -> bool:
@@ -50,21 +56,14 @@ def _is_leaf(field: dataclasses.Field, value: PyTree) -> bool:
     return not field.metadata.get("static") and (not parts or any(map(_is_number, parts)))
 
 
-def _flatten(node: "DataclassInstance") -> tuple[tuple[PyTree, ...], Static]:
+def _flatten(node: "DataclassInstance") -> tuple[tuple[Leaf, ...], Static]:
     fields = dataclasses.fields(node)
     names = vars(node).get(_LEAVES)
     if names is None:
         names = tuple(f.name for f in fields if _is_leaf(f, getattr(node, f.name)))
     rest = tuple((f.name, getattr(node, f.name)) for f in fields if f.name not in names)
-    return tuple(getattr(node, name) for name in names), (names, rest)
-
-
-def _flatten_with_keys(
-    node: "DataclassInstance",
-) -> tuple[tuple[tuple[jax.tree_util.GetAttrKey, PyTree], ...], Static]:
-    leaves, static = _flatten(node)
-    keys = map(jax.tree_util.GetAttrKey, static[0])
-    return tuple(zip(keys, leaves, strict=True)), static
+    leaves = tuple((jax.tree_util.GetAttrKey(name), getattr(node, name)) for name in names)
+    return leaves, (names, rest)
 
 
 def _unflatten(cls: type[T], static: Static, leaves: Iterable[PyTree]) -> T:

@@ -90,9 +90,9 @@ def is_traced(*values: object) -> bool:
 
 
 def _either(
-    of_float: Callable[[SupportsFloat], float], of_tracer: Callable[[Number], Number]
-) -> Callable[[Number], Number]:
-    return lambda x: of_tracer(x) if is_traced(x) else of_float(x)
+    of_floats: Callable[..., float], of_tracers: Callable[..., Number]
+) -> Callable[..., Number]:
+    return lambda *x: of_tracers(*x) if is_traced(*x) else of_floats(*x)
 
 
 exp = _either(math.exp, jnp.exp)
@@ -100,16 +100,8 @@ log = _either(math.log, jnp.log)
 sqrt = _either(math.sqrt, jnp.sqrt)
 erf = _either(math.erf, jax.scipy.special.erf)
 erfc = _either(math.erfc, jax.scipy.special.erfc)
-
-
-def minimum(x: Number, y: Number) -> Number:
-    """The smaller of two numbers."""
-    return jnp.minimum(x, y) if is_traced(x, y) else min(x, y)
-
-
-def maximum(x: Number, y: Number) -> Number:
-    """The larger of two numbers."""
-    return jnp.maximum(x, y) if is_traced(x, y) else max(x, y)
+minimum = _either(min, jnp.minimum)
+maximum = _either(max, jnp.maximum)
 
 
 def constant(f: Callable[[], Number]) -> Number:

@@ -97,6 +97,9 @@ Joint = Callable[[Scalar, Example], tuple[Example, Scalar, Example]]
 Optional = Literal["batch", "predictions", "given", "sde", "decoder_nats", "decoder_log_p"]
 BatchScore = Callable[[Batch, Vector, Key | None], Batch]
 
+# By default, accelerators compute products with fewer digits.
+product = functools.partial(jnp.matmul, precision="highest")
+
 
 def at_least_float32(x: Elementwise) -> Elementwise:
     """``x`` in float32 or, if it is of float64, unchanged: the variance of noise of half precision
@@ -133,7 +136,7 @@ def half_precision(f: Callable[..., PyTree], *arguments: PyTree) -> str:
     Code that reads the bits of a number as an integer can round it too, so it has a name as well.
     Rounding by other functions, such as ``jnp.round``, is not seen.
     """
-    for equation in _equations(jax.make_jaxpr(f)(*arguments)):
+    for equation in equations(jax.make_jaxpr(f)(*arguments)):
         if equation.primitive is jax.lax.bitcast_convert_type_p:
             given = equation.invars[0].aval.dtype  # type: ignore[attr-defined]
             if jnp.issubdtype(given, jnp.floating):
@@ -150,13 +153,13 @@ def half_precision(f: Callable[..., PyTree], *arguments: PyTree) -> str:
     return ""
 
 
-def _equations(jaxpr: ClosedJaxpr | Jaxpr) -> Iterator[JaxprEqn]:
+def equations(jaxpr: ClosedJaxpr | Jaxpr) -> Iterator[JaxprEqn]:
     """All operations of a jaxpr, with those inside jit, scan, cond and others."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.tree.leaves(list(equation.params.values())):
             if hasattr(inner, "eqns"):
-                yield from _equations(inner)
+                yield from equations(inner)
 
 
 def _canonical(x: Anything) -> jnp.dtype:

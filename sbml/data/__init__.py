@@ -28,8 +28,6 @@ from sbml.data._pipeline import prefetch as prefetch
 from sbml.data._pipeline import spread as spread
 from sbml.data._pipeline import train_batches as train_batches
 
-_DEFAULT = Options()
-
 NO_VALIDATION = (
     "{} with data.validation=0: no training images are held out; set --config.data.validation to "
     "the fraction or number that the training used"
@@ -62,7 +60,7 @@ def source_of(name: str) -> tuple[type[Source], str]:
     return kind, dataset
 
 
-def load(name: str, split: str, options: Options = _DEFAULT, **own: object) -> Any:
+def load(name: str, split: str, options: Options = Options(), **own: object) -> Any:
     """The examples of ``split``: an :class:`ImageSet`, or the ``Rows`` of a table.
 
     Args:

@@ -10,17 +10,15 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from itertools import count
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sbml.core.types import T
 from sbml.data._examples import Examples
 
 if TYPE_CHECKING:
     import grain
-
-T = TypeVar("T")
-
 
 Batch = np.ndarray | tuple[np.ndarray, np.ndarray]  # examples, or examples and their numbers
 

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE
 
 from sbml.core.progress import over
+from sbml.core.scalars import escaped
 from sbml.core.types import Json
 from sbml.data._cache import Add, content_key, load_or_build
 from sbml.data._examples import ImageSet, Options, Source
@@ -120,8 +121,7 @@ def printable(name: str) -> str:
     The name of a file may contain any bytes, also line ends, control sequences of a terminal, and
     bytes that are not text.
     """
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return escaped(os.fsencode(name).decode("utf-8", "backslashreplace"))
 
 
 def _files(root: Path) -> Iterator[Path]:

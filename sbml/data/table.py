@@ -391,11 +391,6 @@ def _is_number(text: Any) -> bool:
     return True
 
 
-def _is_plain_number(value: Any) -> bool:
-    """Whether a file's reader takes ``value`` for a number; unlike Python, it takes no "1_000"."""
-    return _is_number(value) and "_" not in str(value)
-
-
 def _floats(column: np.ndarray) -> np.ndarray:
     """A column in float64. A column of anything but finite numbers is refused; the message goes on
     after the name of the column, as that of :func:`_rounding` does."""
@@ -404,7 +399,9 @@ def _floats(column: np.ndarray) -> np.ndarray:
     else:
         present = [(i, value) for i, value in enumerate(column) if value is not None]
         if not all(isinstance(value, Decimal) for _, value in present):
-            row, value = next(((i, v) for i, v in present if not _is_plain_number(v)), present[0])
+            # Unlike Python, a file's reader does not take "1_000" for a number.
+            texts = ((i, v) for i, v in present if not _is_number(v) or "_" in str(v))
+            row, value = next(texts, present[0])
             raise ValueError(
                 f", row {row + 1}: {str(value)[:40]!r} is of type {type(value).__name__}, and not "
                 "a number"

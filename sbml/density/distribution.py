@@ -259,8 +259,8 @@ class Distribution:
           ValueError: there are more than 256 levels, or a sample of integers is not finite, because
             the solver gave up.
         """
-        if self.levels is not None:
-            bits.check_levels(self.levels, 256)
+        if self.levels is not None and self.levels > 256:
+            raise ValueError(f"levels={self.levels}: give an integer of 2 to 256")
         keys, tweedie = jax.random.split(key, n), self.levels is not None
         x = _sample(self, keys, condition=condition, denoise=tweedie, sampler=sampler)
         if self.levels is None:

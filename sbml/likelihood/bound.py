@@ -59,7 +59,6 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Float, Real
 
 from sbml.core.door import checked
@@ -80,6 +79,7 @@ from sbml.core.types import (
     conditioned,
     deterministic,
     in_full_precision,
+    product,
 )
 from sbml.losses import perturb, residual
 from sbml.score import divergence
@@ -179,26 +179,24 @@ class GaussianControl:
         variances = np.maximum(variances, 0.0) + noise_variance
         return cls(jnp.asarray(mean), jnp.asarray(variances), basis)
 
-    def _check(self, x: Example) -> None:
-        """Raise a ValueError unless the control was fitted to data of the size of ``x (*s)``."""
+    def _coordinates(self, x: Example) -> Flat:
+        """U^T (x - m) for ``x (*s)``; a ValueError if the control was fitted to data of another
+        size."""
         shapes = {name: jnp.shape(getattr(self, name)) for name in ("mean", "variances")}
         if any(shape != (x.size,) for shape in shapes.values()):
             raise ValueError(
                 f"a Gaussian control with shapes {shapes} for x of shape {x.shape}: fit it to data "
                 f"of this shape, so that each is ({x.size},)"
             )
-
-    def _to_basis(self, flat: Flat) -> Flat:
-        return flat if self.basis is None else _product(self.basis.T, flat)
+        flat = x.reshape(-1) - self.mean
+        return flat if self.basis is None else product(self.basis.T, flat)
 
     @checked
     def noise(self, sde: SDE, x_t: Example, t: Scalar) -> Example:
         """E[z | x_t] = rho (C + rho^2)^-1 (x_t / alpha - m), shape ``(*s)``."""
-        self._check(x_t)
         alpha, rho = sde.mean_coef(t), sde.std(t) / sde.mean_coef(t)
-        y = self._to_basis(x_t.reshape(-1) / alpha - self.mean)
-        y = rho / (self.variances + rho**2) * y
-        return (y if self.basis is None else _product(self.basis, y)).reshape(x_t.shape)
+        y = rho / (self.variances + rho**2) * self._coordinates(x_t / alpha)
+        return (y if self.basis is None else product(self.basis, y)).reshape(x_t.shape)
 
     def coefficient(self, sde: SDE, t: Scalar) -> Scalar:
         """The coefficient at the time ``t``, a scalar."""
@@ -212,8 +210,7 @@ class GaussianControl:
     def sum_of_steps(self, sde: SDE, x: Example, t: Vector, weights: Vector) -> Scalar:
         """sum_i c_i w_i E|z - E[z | x_{t_i}]|^2 in closed form, in nats, a scalar. The mean E is
         over z; c_i is the :meth:`coefficient` at the time t_i, and w_i is its weight."""
-        self._check(x)
-        c2 = self._to_basis(in_full_precision(x).reshape(-1) - self.mean) ** 2
+        c2 = self._coordinates(in_full_precision(x)) ** 2
         v = jnp.exp(-sde.log_snr(t))[:, None]
         variances = self.variances[None]
         errors = (variances**2 + v * c2[None]) / (variances + v) ** 2
@@ -224,10 +221,9 @@ class GaussianControl:
     def integral(self, sde: SDE, x: Example, eps: Number) -> Scalar:
         """Z / 2 E[c |z - E[z | x_t]|^2] over lambda uniform and z, with the coefficient c at
         lambda, in closed form, nats."""
-        self._check(x)
         sde.check_time(eps)
         x = in_full_precision(x)
-        c2 = self._to_basis(x.reshape(-1) - self.mean) ** 2
+        c2 = self._coordinates(x) ** 2
         first, last = (sde.log_snr(jnp.asarray(t, x.dtype)) for t in (eps, sde.largest_time))
         edges = jnp.clip(jnp.asarray(self.edges, x.dtype), last, first)
 
@@ -255,22 +251,6 @@ def chain(sde: SDE, eps: Number, steps: int | Steps) -> tuple[Array, Array, Scal
     log_snr = sde.log_snr(t)
     constant = 0.5 * jnp.sum(jnp.log(r) + 1 / r - 1)
     return t[1:], 0.5 * jnp.expm1(log_snr[:-1] - log_snr[1:]) / r, constant
-
-
-def draw_step(t: Array, weights: Array, u: Vector) -> tuple[Vector, Vector]:
-    """A step of the :func:`chain` with times ``t (N,)`` and ``weights (N,)`` for each point of
-    ``u (n,)`` in [0, 1): its time, and the factor by which 1/2 |z - e|^2 is multiplied, so that the
-    mean over u is the diffusion term without its constant. The probability of step i is the mean of
-    1 / N and its share of the sum of the weights."""
-    v, inverse = times.warp(u, times.with_floor(weights, 0.5))
-    i = jnp.floor(v * t.size).astype(int)
-    return t[i], 2 * t.size * weights[i] * inverse
-
-
-def _product(matrix: ArrayLike, vector: Flat) -> Flat:
-    """The product at full precision, because ``integral`` assumes that it is exact. Accelerators
-    round products otherwise."""
-    return jnp.matmul(matrix, vector, precision="highest")
 
 
 @jax.tree_util.register_dataclass
@@ -442,8 +422,11 @@ def mean_over_times(
         diffusion = jnp.mean(weight * jax.vmap(draw)(t, normals))
         return diffusion if control is None else diffusion + control.integral(sde, x, eps)
     nodes, weights, constant = chain(sde, eps, steps)
-    t, weight = draw_step(nodes, weights, u)
-    diffusion = jnp.mean(weight * jax.vmap(draw)(t, normals)) + x.size * constant
+    # The probability of a step is the mean of 1 / N and its share of the sum of the weights.
+    v, inverse = times.warp(u, times.with_floor(weights, 0.5))
+    i = jnp.floor(v * nodes.size).astype(int)
+    errors = 2 * nodes.size * weights[i] * inverse * jax.vmap(draw)(nodes[i], normals)
+    diffusion = jnp.mean(errors) + x.size * constant
     return (
         diffusion if control is None else diffusion + control.sum_of_steps(sde, x, nodes, weights)
     )

@@ -168,7 +168,10 @@ def reconstruction(
     """-log P(pixels | x_eps) by the decoder, x_eps = alpha c + sigma z: nats, a scalar."""
     sde.check_time(eps)
     rho = jnp.exp(-0.5 * sde.log_snr(eps))
-    return noise.nats(bits.to_model(pixels, 0.5, noise.levels) + rho * z, eps, pixels, rho)
+    y = bits.to_model(pixels, 0.5, noise.levels) + rho * z
+    if noise.decoder is None:
+        return decoder_nats(y, pixels, noise.levels, rho)
+    return noise.decoder(y, eps, pixels)
 
 
 @typed
@@ -192,12 +195,6 @@ class Categorical:
 
     levels: Levels
     decoder: Decoder | None = None
-
-    def nats(self, y: Array, eps: Array, pixels: Array, rho: Array) -> Array:
-        """-log P(pixels | y) in nats, a scalar."""
-        if self.decoder is None:
-            return decoder_nats(y, pixels, self.levels, rho)
-        return self.decoder(y, eps, pixels)
 
 
 def _normals(key: Key, n: int, centre: Example) -> tuple[Float[Array, " n 2 *s"], Example]:
@@ -268,8 +265,7 @@ def elbo(
 
     pairs, last = _normals(key, u.size, centre)
     diffusion = mean_over_times(draw, pairs, sde, centre, eps, u, reduction, steps)
-    if isinstance(noise, TruncatedNormal):
-        assert width is not None
+    if width is not None:
         diffusion = diffusion + centre.size * edge_constant(sde, eps, width)
         variance = 1 - scalars.exp(-_snr_range(sde, eps)) * (1 - _variance(width))
         return Bound(prior_kl(sde, centre, variance), diffusion, jnp.zeros((), centre.dtype))

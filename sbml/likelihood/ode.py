@@ -31,6 +31,7 @@ from jaxtyping import Bool, Integer
 
 from sbml.core import pytrees, scalars
 from sbml.core.door import checked, typed
+from sbml.core.pytrees import static
 from sbml.core.scalars import (
     Number,
     above_0,
@@ -50,7 +51,6 @@ from sbml.core.types import (
     PyTree,
     Scalar,
     Score,
-    T,
     deterministic,
     full_precision,
     half_precision,
@@ -127,10 +127,6 @@ class Stats(NamedTuple):
     success: Bool[Array, ""]
 
 
-def _static(default: T) -> T:
-    return dataclasses.field(default=default, metadata={"static": True})
-
-
 @pytrees.register
 @typed
 @dataclasses.dataclass(frozen=True)
@@ -161,14 +157,14 @@ class Solver:
     method: Annotated[str, one_of(*METHODS)] = "tsit5"
     rtol: Tolerance = 1e-4
     atol: Tolerance = 1e-4
-    power: Annotated[Number, positive] = _static(2.0)
-    first_step: Annotated[Number, positive] = _static(1e-2)
-    pcoeff: Annotated[Number, finite, at_least(0)] = _static(0.3)
+    power: Annotated[Number, positive] = static(2.0)
+    first_step: Annotated[Number, positive] = static(1e-2)
+    pcoeff: Annotated[Number, finite, at_least(0)] = static(0.3)
     # With icoeff <= 0 a step would not become shorter after an error that is too large.
-    icoeff: Annotated[Number, positive] = _static(0.4)
-    fixed_steps: scalars.Steps | None = _static(None)
-    max_steps: Steps = _static(MAX_STEPS)
-    adjoint: Annotated[str, one_of("forward", "reverse")] = _static("forward")
+    icoeff: Annotated[Number, positive] = static(0.4)
+    fixed_steps: scalars.Steps | None = static(None)
+    max_steps: Steps = static(MAX_STEPS)
+    adjoint: Annotated[str, one_of("forward", "reverse")] = static("forward")
 
     def __post_init__(self) -> None:
         if self.method == "euler" and self.fixed_steps is None:
@@ -352,7 +348,7 @@ def solve_with_integral(
       (y(t1), the integral of h dt from t0 to t1, its correction by w) and stats. The three are NaN
       if the solver gave up.
     """
-    from sbml.likelihood.quadrature import WithIntegral, beside_integral
+    from sbml.likelihood.quadrature import WithIntegral
 
     y = in_full_precision(y)
     # WithIntegral goes forwards only: backwards in time the coordinate is -u.
@@ -363,8 +359,12 @@ def solve_with_integral(
         slope = sign * _slope(sign * u, solver)
         return slope * v, slope * h / y.size, w / y.size
 
-    method = WithIntegral(_method(solver), joint_in_u)
-    rates, start = beside_integral(_in_u(field, solver, sign)), (y, jnp.zeros((2,), y.dtype))
+    in_u = _in_u(field, solver, sign)
+
+    def rates(u: Array, state: tuple[Array, Array], args: None) -> tuple[Array, Array]:
+        return in_u(u, state[0], args), jnp.zeros_like(state[1])
+
+    method, start = WithIntegral(_method(solver), joint_in_u), (y, jnp.zeros((2,), y.dtype))
     (end, integrals), stats = _integrate(
         rates, method, t0, t1, start, solver, _evaluations_with_integral(solver), sign
     )
@@ -419,14 +419,6 @@ def _method(solver: Solver) -> "diffrax.AbstractSolver":
     return kind(scan_kind="bounded" if solver.fixed_steps else "lax")
 
 
-def _adjoint(solver: Solver) -> "diffrax.AbstractAdjoint":
-    import diffrax
-
-    if solver.adjoint == "reverse":
-        return diffrax.RecursiveCheckpointAdjoint()
-    return diffrax.DirectAdjoint() if solver.fixed_steps else diffrax.ForwardMode()
-
-
 def _integrate(
     rates: Callable[..., PyTree],
     method: "diffrax.AbstractSolver",
@@ -448,9 +440,10 @@ def _integrate(
     u0, u1 = sign * t0 ** (1 / solver.power), sign * t1 ** (1 / solver.power)
     length, max_steps = u1 - u0, solver.max_steps
     controller: diffrax.AbstractStepSizeController
+    adjoint: diffrax.AbstractAdjoint
     if solver.fixed_steps is not None:
         first, controller = length / solver.fixed_steps, diffrax.ConstantStepSize()
-        max_steps = solver.fixed_steps + 1
+        max_steps, adjoint = solver.fixed_steps + 1, diffrax.DirectAdjoint()
     else:
         first = jnp.sign(length) * jnp.minimum(solver.first_step, jnp.abs(length))
         controller = Control(
@@ -460,6 +453,9 @@ def _integrate(
             icoeff=solver.icoeff,
             norm=rms_norm,
         )
+        adjoint = diffrax.ForwardMode()
+    if solver.adjoint == "reverse":
+        adjoint = diffrax.RecursiveCheckpointAdjoint()
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(rates),
         method,
@@ -469,7 +465,7 @@ def _integrate(
         y0=start,
         stepsize_controller=controller,
         max_steps=max_steps,
-        adjoint=_adjoint(solver),
+        adjoint=adjoint,
         throw=False,
     )
     success, counts = solution.result == diffrax.RESULTS.successful, solution.stats

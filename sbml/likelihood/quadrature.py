@@ -33,7 +33,7 @@ step.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import diffrax
 import jax
@@ -101,33 +101,19 @@ def lone_step_error(length: Scalar, h: Four) -> Scalar:
     return (jnp.abs(even) * (even / size) ** 2 + odd * (odd / size)) / 10
 
 
-def beside_integral(
-    field: Callable[[Array, Array, None], Array],
-) -> Callable[[Array, tuple[Array, Array], None], tuple[Array, Array]]:
-    """The field of the state ``(y, l)``: ``field(t, y, args)`` for y, and 0 for l (2,)."""
-    return lambda t, state, args: (field(t, state[0], args), jnp.zeros_like(state[1]))
+Tableau = tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray, np.ndarray | None]
 
 
-class Coefficients(NamedTuple):
-    """The Butcher tableau: a, c, b, and the coefficients of the error, or None.
-
-    a and c omit the first stage, and the last if it is the field at the end of the step.
-    """
-
-    a: tuple[np.ndarray, ...]
-    c: np.ndarray
-    b: np.ndarray
-    error: np.ndarray | None
-
-
-def _coefficients(method: diffrax.AbstractSolver) -> Coefficients:
+def _coefficients(method: diffrax.AbstractSolver) -> Tableau:
+    """The Butcher tableau: a, c, b, and the coefficients of the error, or None. a and c omit the
+    first stage, and the last if it is the field at the end of the step."""
     if isinstance(method, diffrax.Euler):
-        return Coefficients((), np.zeros(0), np.ones(1), None)
+        return (), np.zeros(0), np.ones(1), None
     assert isinstance(method, diffrax.AbstractERK)
     tableau = method.tableau
     assert isinstance(tableau, diffrax.ButcherTableau)
     last = -1 if tableau.fsal else None
-    return Coefficients(tableau.a_lower[:last], tableau.c[:last], tableau.b_sol, tableau.b_error)
+    return tableau.a_lower[:last], tableau.c[:last], tableau.b_sol, tableau.b_error
 
 
 def _combined(coefficients: Array | np.ndarray, stages: Array) -> Array:
@@ -171,23 +157,18 @@ class WithIntegral(diffrax.AbstractAdaptiveSolver):
     """A solver for the state ``(y, l)``: ``method`` for y, Lobatto's rule for l (2,).
 
     l is the integral of h and the correction, which is added to the value. The field that diffrax
-    gets is ``beside_integral(f)``.
+    gets is f for y, and 0 for l.
 
     Attributes:
       method: an explicit Runge-Kutta solver of diffrax.
       joint: (t, y) -> f, h, w.
     """
 
+    term_structure: ClassVar[Any] = diffrax.AbstractTerm
+    interpolation_cls: ClassVar[Any] = diffrax.LocalLinearInterpolation
+
     method: diffrax.AbstractSolver
     joint: Joint
-
-    @property
-    def term_structure(self) -> type[diffrax.AbstractTerm]:
-        return self.method.term_structure
-
-    @property
-    def interpolation_cls(self) -> type[diffrax.AbstractLocalInterpolation]:  # type: ignore[override]
-        return diffrax.LocalLinearInterpolation
 
     def order(self, terms: diffrax.AbstractTerm) -> int | None:
         return self.method.order(terms)

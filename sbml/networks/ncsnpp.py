@@ -187,7 +187,7 @@ class Model(nn.Module):
             return layer(h, temb if self.conditional else None, train)
 
         skips = self._encode(x, block)
-        h = block(self._attention(block(skips[-1])))
+        h = block(self._attend(block(skips[-1]), always=True))
         out = self._decode(h, skips, block, head)
         return layers.per_entry(out, x.shape, self.outputs).astype(jnp.float32)
 
@@ -216,9 +216,7 @@ class Model(nn.Module):
             pyramid, h = self._join_output(pyramid, self._attend(h), head)
             if level > 0:
                 h = self._resize(h, block, up=True)
-        assert not skips
-        if self.progressive == "output_skip":
-            assert pyramid is not None
+        if self.progressive == "output_skip" and pyramid is not None:
             return pyramid
         return head(h)
 
@@ -263,12 +261,10 @@ class Model(nn.Module):
         return layer(self.resamp_with_conv, self._fir)(h)
 
     @nn.nowrap
-    def _attention(self, h: Array) -> Array:
+    def _attend(self, h: Array, always: bool = False) -> Array:
+        if not always and h.shape[1] not in self.attn_resolutions:
+            return h
         return AttnBlockpp(self._scale, init_scale=self.init_scale)(h)
-
-    @nn.nowrap
-    def _attend(self, h: Array) -> Array:
-        return self._attention(h) if h.shape[1] in self.attn_resolutions else h
 
     @property
     def _act(self) -> Map:

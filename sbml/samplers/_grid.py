@@ -129,16 +129,9 @@ class FixedSteps(Chain):
 
     @property
     def nfe(self) -> int:
-        """See ``Chain``."""
         return self.steps * (self.evaluations + self.corrector.nfe)
 
-    @property
-    def deterministic(self) -> bool:
-        """See ``Chain``."""
-        return False
-
     def times(self, sde: SDE, eps: Number) -> Times:
-        """See ``Chain``."""
         return grid(sde, eps, self.steps, self.spacing)
 
     @typed
@@ -206,7 +199,6 @@ class FixedSteps(Chain):
     def __call__(
         self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number
     ) -> tuple[Example, Stats]:
-        """See :class:`Sampler`."""
         x, _, _ = self._scan(score, sde, z, key, eps, keep=False)
         finite = jnp.all(jnp.isfinite(x))
         return x, Stats(jnp.asarray(self.nfe), jnp.asarray(self.steps), jnp.asarray(0), finite)
@@ -235,15 +227,12 @@ class Window(FixedSteps):
 
     @property
     def nfe(self) -> int:
-        """See ``Chain``."""
         return self.sampler.nfe
 
     def times(self, sde: SDE, eps: Number) -> Times:
-        """See ``Chain``."""
         return self.sampler.times(sde, eps)
 
     def obstacle(self, deterministic: bool) -> str:
-        """See ``Chain``."""
         same = dataclasses.replace(self.sampler, corrector=self.corrector)
         return same.obstacle(deterministic)
 

@@ -51,14 +51,12 @@ class Map(FixedSteps):
         return 1.0
 
     def times(self, sde: SDE, eps: Number) -> Times:
-        """See ``Chain``."""
         ends = self.grid[0], self.grid[-1]
         if not is_traced(sde.T, eps) and not (ends[0] == sde.T and 0 <= ends[1] <= eps):
             raise ValueError(f"grid={self.grid}: give times from T={sde.T} down to 0 or eps={eps}")
         return jnp.asarray(self.grid, float)
 
     def transition(self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar) -> Transition:
-        """See ``Chain``."""
         y, half = self.f(x, s, t), half_precision(self.f, x, s, t)
         if half or jnp.shape(y) != x.shape:
             raise ValueError(

@@ -14,7 +14,6 @@ Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 202
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from jaxtyping import Float, Shaped
 from sbml.core.door import checked
 from sbml.core.scalars import Number, is_traced
 from sbml.core.streams import stream
-from sbml.core.types import AnyArray, Key, Scalar, Score
+from sbml.core.types import AnyArray, Key, Scalar, Score, product
 from sbml.samplers._grid import FixedSteps, denoise
 from sbml.samplers.corrector import Corrector, NoCorrector
 from sbml.sdes import SDE
@@ -66,8 +65,6 @@ class KnownPart:
         mask = jnp.broadcast_to(self.mask, x.shape)
         if self.basis is None:
             return jnp.where(mask == 1, known, x)
-        # By default, accelerators compute products with fewer digits.
-        product = functools.partial(jnp.matmul, precision="highest")
         u = jnp.where(mask == 1, product(known, self.basis), product(x, self.basis))
         return product(u, self.basis.T)
 

@@ -38,15 +38,6 @@ from sbml.samplers.density import Transition
 from sbml.sdes import SDE
 
 
-def forward(sde: SDE, t: Scalar, s: Scalar) -> tuple[Scalar, Scalar]:
-    """The scalars a and b of p(x_s | x_t) = N(a x_t, b^2 I), t < s.
-
-    b^2 = sigma_s^2 (1 - exp(lambda_s - lambda_t)), which does not cancel for small steps.
-    """
-    drop = sde.log_snr(s) - sde.log_snr(t)
-    return sde.mean_coef(s) / sde.mean_coef(t), sde.std(s) * jnp.sqrt(-jnp.expm1(drop))
-
-
 class EulerMaruyama(FixedSteps):
     """The Euler-Maruyama method for the reverse SDE."""
 
@@ -74,7 +65,6 @@ class FlowPolicy(EulerMaruyama):
     a: Annotated[Number, positive] = 0.7
 
     def noise(self, sde: SDE, s: Scalar, t: Scalar) -> Scalar:
-        """See ``EulerMaruyama``."""
         last = jnp.where(s > 0.9999 * sde.largest_time, t, s)
         return self.a * jnp.sqrt(sde.std(s) / sde.mean_coef(last))
 
@@ -83,7 +73,9 @@ class ReverseDiffusion(FixedSteps):
     """The discretisation of the reverse SDE that matches the forward chain (eq. 46)."""
 
     def transition(self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar) -> Transition:
-        a, b = forward(sde, t, s)
+        # b^2 = sigma_s^2 (1 - exp(lambda_s - lambda_t)) does not cancel for small steps.
+        drop = sde.log_snr(s) - sde.log_snr(t)
+        a, b = sde.mean_coef(s) / sde.mean_coef(t), sde.std(s) * jnp.sqrt(-jnp.expm1(drop))
         return Transition((2 - a) * x + b**2 * deterministic(score, x, s), b)
 
 
@@ -101,7 +93,6 @@ class DDIM(FixedSteps):
 
     @property
     def deterministic(self) -> bool:
-        """See ``FixedSteps``."""
         return bool(self.eta == 0)
 
     def transition(self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar) -> Transition:
@@ -128,14 +119,10 @@ class Midpoint(FixedSteps):
     """A deterministic sampler of second order for 5 to 20 steps of two evaluations."""
 
     evaluations: ClassVar[int] = 2
+    deterministic: ClassVar[bool] = True
 
     steps: Steps = 10
     spacing: Spacing = "log_snr"
-
-    @property
-    def deterministic(self) -> bool:
-        """See ``FixedSteps``."""
-        return True
 
     def transition(self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar) -> Transition:
         middle = sde.time(0.5 * (sde.log_snr(s) + sde.log_snr(t)))

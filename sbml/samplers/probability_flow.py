@@ -106,7 +106,6 @@ class ODE(Chain):
     def __call__(
         self, score: Score, sde: SDE, z: Example, key: Key | None, *, eps: Number
     ) -> tuple[Example, Stats]:
-        """See ``Sampler``."""
         return decode(score, sde, z, eps=eps, solver=self.solver)
 
     @checked

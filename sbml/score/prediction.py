@@ -166,7 +166,10 @@ LogSnrRange = Annotated[
 ]
 
 
-def _input(which: str | None, x: Real, alpha: Real, sigma: Real, data_std: Number) -> Real:
+def _input(which: str | None, sde: Kernel, data_std: Number, x: Batch, t: Vector) -> Batch:
+    """The network's input for ``x (n, *s)`` at ``t (n,)``."""
+    alpha, sigma = sde.of_network.mean_coef(t), sde.of_network.std(t)
+    x = sde.to_network(x, _like(alpha, x))
     if which == X:
         return x
     return _like(1 / jnp.sqrt((alpha * data_std) ** 2 + sigma**2), x) * x
@@ -206,8 +209,8 @@ class NetworkScore:
 
     def batch(self, x: Batch, t: Vector, key: Key | None) -> Batch:
         """Scores of ``x (n, *s)`` at ``t (n,)``; one key for the whole batch."""
-        (noise,) = self._of(x, t, key, self.how.prediction.noise)
-        return -noise / _like(self.how.sde.std(t), x)
+        (noise,) = self._of(x, t, key, PREDICTIONS[self.how.parameterization].noise)
+        return -noise / _like(self.sde.std(t), x)
 
     @property
     def sde(self) -> Kernel:
@@ -218,8 +221,9 @@ class NetworkScore:
     def predictions(self) -> Pair | None:
         """E[x_0 | x_t] and E[e | x_t] of one example by one call of the network; None if x_0
         divides by alpha, or if the score is enough for the ODE."""
-        entry = self.how.prediction
-        if entry.denoised is None or not self.how.is_singular:
+        entry, is_adapter = PREDICTIONS[self.how.parameterization], isinstance(self.how, Adapter)
+        # The ODE always takes the predictions of a foreign network.
+        if entry.denoised is None or (is_adapter and not _vanishes(self.sde)):
             return None
         both = entry.denoised, entry.noise
 
@@ -232,22 +236,22 @@ class NetworkScore:
     @property
     def has_decoder(self) -> bool:
         """Whether it is an integer denoiser of bin centres."""
-        return self.how.parameterization == LEVELS and self.how.of_data.kind == "centre"
+        return self.how.parameterization == LEVELS and self.how.data == "centre"
 
     def decoder_nats(self, y: Example, t: Scalar, pixels: Pixels) -> Scalar:
         """-log p(pixels | x_t) of one example of bin centres, x_t = alpha y: nats, a scalar."""
         out, rho = self._decoder(y, t)
-        return integers.decoder_nats(out, y, rho, pixels, self.how.of_data.levels)
+        return integers.decoder_nats(out, y, rho, pixels, self.how.levels)
 
     def decoder_log_p(self, y: Example, t: Scalar) -> Float[Array, "..."]:
         """log p(k | x_t) of all levels k for one example of bin centres, x_t = alpha y, in nats:
         ``(*s, levels)``."""
         out, rho = self._decoder(y, t)
-        return integers.decoder_log_p(out, y, rho, self.how.of_data.levels)
+        return integers.decoder_log_p(out, y, rho, self.how.levels)
 
     def _decoder(self, y: Example, t: Scalar) -> tuple[Array, Scalar]:
         """The network's outputs for x_t = alpha y, and rho = sigma / alpha."""
-        kind, data = self.how.parameterization, self.how.of_data.kind
+        kind, data = self.how.parameterization, self.how.data
         if not self.has_decoder:
             raise ValueError(
                 f"a score with parameterization={kind!r} of data={data!r} has no learned decoder: "
@@ -261,10 +265,11 @@ class NetworkScore:
     def _of(self, x: Batch, t: Vector, key: Key | None, *formulas: Formula) -> tuple[Batch, ...]:
         """The value of each formula, ``(n, *s)``, by one call of the network."""
         f = self.how.outputs(self.params, x, t, self.condition, key)
-        sde = self.how.sde.of_network
+        data = OfData(self.how.data_std, self.how.levels, self.how.data)
+        sde = self.sde.of_network
         alpha, sigma = _like(sde.mean_coef(t), x), _like(sde.std(t), x)
-        x = self.how.sde.to_network(x, alpha)
-        return tuple(formula(f, x, alpha, sigma, self.how.of_data) for formula in formulas)
+        x = self.sde.to_network(x, alpha)
+        return tuple(formula(f, x, alpha, sigma, data) for formula in formulas)
 
 
 @pytrees.register
@@ -282,27 +287,16 @@ class Foreign:
     data_std: Number
     batched: bool = False
 
-    is_singular: ClassVar[bool] = True  # The ODE always takes the predictions.
-
-    @property
-    def prediction(self) -> Prediction:
-        """The row of the table."""
-        return PREDICTIONS[self.parameterization]
-
-    @property
-    def of_data(self) -> OfData:
-        """What the formulas use of the data."""
-        return OfData(self.data_std)
+    levels: ClassVar[int] = 0
+    data: ClassVar[str] = "uniform"
 
     def outputs(
         self, params: None, x: Batch, t: Vector, condition: PyTree, key: Key | None
     ) -> Batch:
         """F, ``(n, *s)``."""
-        sde = self.sde.of_network
-        alpha, sigma = sde.mean_coef(t), sde.std(t)
-        x = self.sde.to_network(x, _like(alpha, x))
-        seen = _input(self.prediction.foreign, x, alpha, sigma, self.data_std)
-        told = jnp.asarray(self.prediction.label(sde, t))
+        entry = PREDICTIONS[self.parameterization]
+        seen = _input(entry.foreign, self.sde, self.data_std, x, t)
+        told = jnp.asarray(entry.label(self.sde.of_network, t))
         if len(x) > 1:
             one = functools.partial(self._of_one, condition)
             return jax.vmap(one)(seen, told)
@@ -428,21 +422,6 @@ class Adapter:
         """The score; ``condition``, a scalar, is the class for a class-conditional model."""
         return NetworkScore(self, params, condition)
 
-    @property
-    def prediction(self) -> Prediction:
-        """The row of the table."""
-        return PREDICTIONS[self.parameterization]
-
-    @property
-    def of_data(self) -> OfData:
-        """What the formulas use of the data."""
-        return OfData(self.data_std, self.levels, self.data)
-
-    @property
-    def is_singular(self) -> bool:
-        """Whether alpha(T) = 0, so that the ODE needs the predictions of x_0 and e."""
-        return _vanishes(self.sde)
-
     def outputs(
         self, params: PyTree, x: Batch, t: Vector, condition: Condition | None, key: Key | None
     ) -> Array:
@@ -478,10 +457,8 @@ class Adapter:
 
     def network_input(self, x: Batch, t: Vector) -> Batch:
         """The network's input for ``x (n, *s)`` at ``t (n,)``."""
-        which, sde = PREDICTIONS[self.parameterization].ours, self.sde.of_network
-        alpha, sigma = sde.mean_coef(t), sde.std(t)
-        x = self.sde.to_network(x, _like(alpha, x))
-        return _input(which, x, alpha, sigma, self.data_std)
+        which = PREDICTIONS[self.parameterization].ours
+        return _input(which, self.sde, self.data_std, x, t)
 
 
 def _vanishes(sde: Kernel) -> bool:

@@ -12,7 +12,7 @@ Both take a copy of the module, in evaluation mode and in float32.
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 from unittest import mock
 
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml.core.types import Array, PyTree
+from sbml.core.types import Array
 
 if TYPE_CHECKING:  # It needs the extra ``torch``.
     import torch
@@ -47,7 +47,7 @@ def network(module: Module) -> Callable[..., Array]:
             "extra torch (pip install 'sbml[torch]'), or use sbml.pytorch.callback"
         ) from error
     params, function = torchax.extract_jax(_prepared(module))
-    return jax.tree_util.Partial(_Call(function), params)
+    return jax.tree_util.Partial(lambda params, *arguments: function(params, arguments), params)
 
 
 @contextlib.contextmanager
@@ -76,16 +76,6 @@ def _missing_names() -> Iterator[None]:
         yield
 
 
-class _Call:
-    """The translated function, whose second argument is the tuple of the module's arguments."""
-
-    def __init__(self, function: Callable[[PyTree, tuple[Array, ...]], Array]) -> None:
-        self.function = function
-
-    def __call__(self, params: PyTree, *arguments: Array) -> Array:
-        return self.function(params, arguments)
-
-
 def callback(module: Module) -> Callable[..., Array]:
     """The network of ``module(x_t, t)``, which PyTorch computes on the host, in batches.
 
@@ -96,46 +86,28 @@ def callback(module: Module) -> Callable[..., Array]:
 
     run = _prepared(module)
 
-    def of_batches(
-        function: Callable[..., Sequence["torch.Tensor"]],
-        shape: tuple[int, ...],
-        *arguments: Array,
-    ) -> tuple[np.ndarray, ...]:
-        """``function`` of tensors whose leading axes are joined, since JAX adds axes before n."""
-        extra = arguments[0].ndim - len(shape)
-        flat = [np.array(a).reshape(-1, *a.shape[extra + 1 :]) for a in map(np.asarray, arguments)]
-        with torch.no_grad():
-            results = function(*map(torch.from_numpy, flat))
-        lead = arguments[0].shape[: extra + 1]
-        return tuple(r.numpy().reshape(*lead, *r.shape[1:]) for r in results)
+    def on_host(function: Callable[..., "torch.Tensor"], x: Array, *others: Array) -> Array:
+        """``function`` of tensors, with a result like ``x``."""
 
-    @jax.custom_jvp
-    def values(x: Array, t: Array) -> Array:
-        result = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        function = lambda x, t: (run(x, t),)  # noqa: E731
-        (found,) = jax.pure_callback(
-            lambda *a: of_batches(function, x.shape, *a),
-            (result,),
-            x,
-            t,
-            vmap_method="broadcast_all",
-        )
+        def of_batches(*arguments: Array) -> np.ndarray:
+            # JAX adds axes before n: these and n are one axis for the module.
+            extra = arguments[0].ndim - x.ndim
+            arrays = [np.array(a) for a in arguments]
+            flat = [torch.from_numpy(a.reshape(-1, *a.shape[extra + 1 :])) for a in arrays]
+            with torch.no_grad():
+                return function(*flat).numpy().reshape(arguments[0].shape)
+
+        like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        found: Array = jax.pure_callback(of_batches, like, x, *others, vmap_method="broadcast_all")
         return found
 
     @jax.custom_jvp
+    def values(x: Array, t: Array) -> Array:
+        return on_host(run, x, t)
+
+    @jax.custom_jvp
     def slope(x: Array, t: Array, dx: Array, dt: Array) -> Array:
-        result = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        function = lambda x, t, dx, dt: torch.func.jvp(run, (x, t), (dx, dt))[1:]  # noqa: E731
-        (tangent,) = jax.pure_callback(
-            lambda *a: of_batches(function, x.shape, *a),
-            (result,),
-            x,
-            t,
-            dx,
-            dt,
-            vmap_method="broadcast_all",
-        )
-        return tangent
+        return on_host(lambda x, t, *d: torch.func.jvp(run, (x, t), d)[1], x, t, dx, dt)
 
     @values.defjvp
     def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:

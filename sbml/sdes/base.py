@@ -362,14 +362,6 @@ def _check_decrease(sde: SDE, eps: float) -> None:
 class ClosedForm(SDE):
     """An SDE with closed forms of f and g too, whose signal does not vanish at T."""
 
-    @abc.abstractmethod
-    def drift_coef(self, t: Elementwise) -> Elementwise:
-        """f(t), a scalar."""
-
-    @abc.abstractmethod
-    def diffusion(self, t: Elementwise) -> Elementwise:
-        """g(t), a scalar."""
-
     def rate(self, t: Elementwise) -> Elementwise:
         return (self.diffusion(t) / self.std(t)) ** 2
 

@@ -36,9 +36,6 @@ class _Exploding(ClosedForm):
     def mean_coef(self, t: Elementwise) -> Elementwise:
         return jnp.ones_like(t)
 
-    def log_snr(self, t: Elementwise) -> Elementwise:
-        return -2 * jnp.log(self.std(t))
-
 
 def _check_range(sigma_min: Number, sigma_max: Number) -> None:
     traced = scalars.is_traced(sigma_min, sigma_max)

@@ -12,6 +12,7 @@ import math
 from typing import Annotated
 
 from sbml.core.door import typed
+from sbml.core.pytrees import static
 from sbml.core.scalars import Number, Positive, finite
 from sbml.core.types import Elementwise, Numbers
 from sbml.sdes.base import SDE, Kernel, Levels
@@ -32,7 +33,7 @@ class Rescaled(SDE):
 
     of: SDE
     scale: Positive = dataclasses.field(metadata={"static": True})
-    shift: Annotated[float, finite] = dataclasses.field(default=0.0, metadata={"static": True})
+    shift: Annotated[float, finite] = static(0.0)
 
     @property
     def of_network(self) -> Kernel:

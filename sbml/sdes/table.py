@@ -12,41 +12,34 @@ Reference: Fritsch & Butland 1984 (for the slopes, which are those of scipy's
 ``PchipInterpolator``, except at a flat end).
 """
 
-import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sbml.core.door import typed
+from sbml.core.pytrees import static
 from sbml.core.scalars import Number, between, one_of
-from sbml.core.types import Elementwise, T
+from sbml.core.types import Elementwise
 from sbml.sdes.base import SDE
-
-
-def _static(default: T) -> T:
-    return dataclasses.field(default=default, metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
 class _Interpolated(SDE):
-    """The process through the noise levels ``alpha_bars``."""
+    """The process through the noise levels ``alpha_bars``, a field or a property of a subclass."""
 
-    @property
-    @abc.abstractmethod
-    def _values(self) -> tuple[float, ...]:
-        """a_0 > a_1 > ... > a_{n-1}."""
+    alpha_bars: ClassVar[Any]  # a_0 > a_1 > ... > a_{n-1}, a tuple
 
     def step(self, t: Elementwise) -> Elementwise:
         """(n - 1) t, the index of the level at ``t``; the model's network takes it as its time."""
-        return (len(self._values) - 1) * t
+        return (len(self.alpha_bars) - 1) * t
 
     def log_snr(self, t: Elementwise) -> Elementwise:
-        cubics = _cubics(self._values)
+        cubics = _cubics(self.alpha_bars)
         t = jnp.asarray(t)
         step = self.step(t)
         i = jnp.clip(jnp.floor(step).astype(int), 0, cubics.shape[1] - 1)
@@ -83,7 +76,9 @@ class AlphaBarTable(_Interpolated):
         more float64, stored as a tuple.
     """
 
-    alpha_bars: Sequence[float] | np.ndarray = dataclasses.field(metadata={"static": True})
+    alpha_bars: Sequence[float] | np.ndarray = dataclasses.field(  # type: ignore[misc]
+        metadata={"static": True}
+    )
 
     def __post_init__(self) -> None:
         values = np.asarray(self.alpha_bars, np.float64)
@@ -111,10 +106,6 @@ class AlphaBarTable(_Interpolated):
         first, last, n = self.alpha_bars[0], self.alpha_bars[-1], len(self.alpha_bars)
         return f"AlphaBarTable({n} levels, alpha_bars {first} .. {last})"
 
-    @property
-    def _values(self) -> tuple[float, ...]:
-        return tuple(self.alpha_bars)
-
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
@@ -138,9 +129,9 @@ class BetaSchedule(_Interpolated):
     smallest_time: ClassVar[float] = 0.0
 
     schedule: Annotated[str, one_of(*SCHEDULES)] = "linear"
-    beta_start: Annotated[Number, between(0, 1)] = _static(1e-4)
-    beta_end: Annotated[Number, between(0, 1)] = _static(0.02)
-    steps: Annotated[int, between(2, 2**16)] = _static(1000)
+    beta_start: Annotated[Number, between(0, 1)] = static(1e-4)
+    beta_end: Annotated[Number, between(0, 1)] = static(0.02)
+    steps: Annotated[int, between(2, 2**16)] = static(1000)
 
     def __post_init__(self) -> None:
         AlphaBarTable(self.alpha_bars)  # which refuses numbers that do not decrease to noise
@@ -149,10 +140,6 @@ class BetaSchedule(_Interpolated):
     def alpha_bars(self) -> tuple[float, ...]:
         """a_0 > ... > a_{n-1}."""
         return _of_betas(self.schedule, self.beta_start, self.beta_end, self.steps)
-
-    @property
-    def _values(self) -> tuple[float, ...]:
-        return self.alpha_bars
 
 
 @functools.lru_cache(maxsize=8)

@@ -112,6 +112,15 @@ def test_a_checkpoint_with_other_bins_of_times_or_optimizer_is_named_by_the_fiel
     config.training.proposal_bins, config.optim.name = 32, "muon"
     with pytest.raises(ValueError, match=r"optim\.name is muon, the checkpoint's is adam"):
         check_training(build.Experiment(config).config, metadata)
+    metadata["config"]["model"]["width"] = [1] * 3000
+    with pytest.raises(ValueError, match=r"'s is 1,1,1.*1\.\.\.\. Use .* training$") as said:
+        check_training(build.Experiment(config).config, metadata)
+    images, long = experiment.images("train"), "a" * 3000
+    metadata["config"]["optim"]["name"] = long
+    metadata["data"] = {**metadata["data"], "sha256": long}
+    told = compatibility.other_data(metadata, images)
+    told += [*changed_settings(metadata, experiment.provenance(images), ""), str(said.value)]
+    assert len(told) == 3 and max(map(len, told)) < 250, told
 
 
 def test_other_times_are_changed_settings_of_a_dequantizer():

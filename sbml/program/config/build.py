@@ -37,7 +37,7 @@ from sbml.program.runtime import sharding
 from sbml.program.runtime.checkpoint import Restored
 from sbml.program.runtime.state import TrainState
 from sbml.program.runtime.versions import versions
-from sbml.score import LEVELS, Adapter
+from sbml.score import Adapter
 from sbml.sdes import SDE, Kernel
 from sbml.sdes.times import Grid, Proposal
 
@@ -356,17 +356,6 @@ class Experiment:
         missing = "no dequantizer in {}: train it first (--mode=train_dequantizer)"
         with self.config.dequantizer.training.checkpoints(workdir) as checkpoints:
             return checkpoints.require(template, missing)
-
-    @property
-    def score_identity(self) -> dict[str, Any]:
-        """Everything that a score depends on apart from its parameters, as plain JSON values."""
-        config = self.config.plain()
-        free = compatibility.FREE
-        model = {field: v for field, v in config["model"].items() if field not in free}
-        identity = {"sde": config["sde"], "score": config["score"], "model": model}
-        if self.adapter.parameterization == LEVELS:
-            identity["data"] = {"levels": self.adapter.levels, "values": self.adapter.data}
-        return {**identity, "label_eps": self.eps}
 
     def provenance(self, examples: data.Examples) -> dict:
         """The origin of a checkpoint, stored as its metadata: config, training data, versions, and

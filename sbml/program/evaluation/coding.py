@@ -29,8 +29,7 @@ def codec_of(trained: Trained, chain: Chain, lanes: int) -> tuple[Codec, dict[st
     experiment = trained.experiment
     shape, levels, kind = experiment.shape, experiment.levels, experiment.config.data.kind
     codec = Codec(trained.score, chain, shape, levels, kind, lanes)
-    # A decoder of files of today must find the same text, so this is no fingerprint.
-    settings = zlib.crc32(repr(experiment.score_identity).encode())
+    settings = zlib.crc32(repr(trained.about["score"]).encode())
     identity = {"weights": f"{trained.parameters_crc32:08x}", "score": f"{settings:08x}"}
     return codec, {**identity, **codec.made_by}
 

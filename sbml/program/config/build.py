@@ -203,8 +203,7 @@ class Experiment:
             raise ValueError(
                 f"model.classes={count}, but the images of {images.name} ({images.split}) have no "
                 "labels: digits, sets of tfds with labels, and folders with a subfolder for each "
-                "class have them. A set of tfds that an older version prepared has none: remove "
-                f"it from {self.config.data.options.cache / 'tfds'}"
+                "class have them"
             )
         names, numbers = np.unique(images.labels, return_inverse=True)
         classes = list(classes) or names.tolist()

@@ -162,11 +162,6 @@ def write_folder(folder: Path, pixels: np.ndarray, ids: np.ndarray, levels: int)
         _picture(pixels[number], levels).save(files[number])
 
 
-def writable(shape: tuple[int, ...], levels: int) -> bool:
-    """Whether PNG files can store images of this shape and these levels exactly."""
-    return shape[-1] == 1 or (shape[-1], levels) == (3, 256)
-
-
 def check(mode: str) -> None:
     """Check that the coder is installed, and that there is only one process.
 

@@ -338,9 +338,7 @@ class Experiment:
         return template
 
     def restored(self, workdir: epath.PathLike) -> tuple["Experiment", Restored]:
-        """The newest undamaged checkpoint of ``workdir``, and this experiment with the numbers of
-        its SDE as they were trained.
-        """
+        """This experiment with the numbers of its SDE as they were trained, and :meth:`restore`."""
         restored = self.restore(workdir)
         return self.with_learned_schedule(restored.state.ema_params), restored
 

@@ -74,9 +74,8 @@ Difference = tuple[str, object, object]
 
 
 def _differences(config: Config, metadata: Metadata, *names: str) -> list[Difference]:
-    """The fields whose values differ between ``config`` and a checkpoint.
-
-    Only the fields and sections with one of ``names`` are compared.
+    """The fields, of those and of the sections called ``names``, whose values differ between
+    ``config`` and a checkpoint.
 
     A field that only one of the two configs has comes from another version of the package and is
     ignored, as are the fields in ``FREE``.
@@ -227,9 +226,7 @@ def earlier_data(metadata: Metadata, examples: data.Examples) -> list[Json | Non
 
 
 def other_data(metadata: Metadata, examples: data.Examples) -> list[str]:
-    """Warnings if a checkpoint was trained on other data than ``examples``, even if its training
-    then continued on ``examples``.
-    """
+    """Warnings if a checkpoint was trained, at first or to its end, on other data than these."""
     warnings = []
     earlier = metadata.get("earlier_data", [])
     for i, stored in enumerate([*earlier, metadata["data"]]):

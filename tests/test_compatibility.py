@@ -7,6 +7,7 @@ import pytest
 import runs
 import tiny
 
+from sbml.core import fingerprint
 from sbml.program.config import build, compatibility
 from sbml.program.config.compatibility import (
     changed_settings,
@@ -94,11 +95,10 @@ def test_an_integer_denoiser_is_read_with_the_data_it_was_trained_on() -> None:
             ValueError, match=f"data.{field} is {value}, .*set --config.data.{field}={before}"
         ):
             check_score(asked.config, now)
-        assert asked.score_identity != experiment.score_identity
+        assert fingerprint.of(asked.exact_adapter) != fingerprint.of(experiment.exact_adapter)
         other.score.parameterization = config.score.parameterization = "noise"
         plain = build.Experiment(config)
         check_score(build.Experiment(other).config, plain.provenance(plain.images("train")))
-        assert build.Experiment(other).score_identity == plain.score_identity
         config.score.parameterization = "levels"
 
 
@@ -112,6 +112,15 @@ def test_a_checkpoint_with_other_bins_of_times_or_optimizer_is_named_by_the_fiel
     config.training.proposal_bins, config.optim.name = 32, "muon"
     with pytest.raises(ValueError, match=r"optim\.name is muon, the checkpoint's is adam"):
         check_training(build.Experiment(config).config, metadata)
+    metadata["config"]["model"]["width"] = [1] * 3000
+    with pytest.raises(ValueError, match=r"'s is 1,1,1.*1\.\.\.\. Use .* training$") as said:
+        check_training(build.Experiment(config).config, metadata)
+    images, long = experiment.images("train"), "a" * 3000
+    metadata["config"]["optim"]["name"] = long
+    metadata["data"] = {**metadata["data"], "sha256": long}
+    told = compatibility.other_data(metadata, images)
+    told += [*changed_settings(metadata, experiment.provenance(images), ""), str(said.value)]
+    assert len(told) == 3 and max(map(len, told)) < 250, told
 
 
 def test_other_times_are_changed_settings_of_a_dequantizer():

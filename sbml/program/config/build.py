@@ -37,7 +37,7 @@ from sbml.program.runtime import sharding
 from sbml.program.runtime.checkpoint import Restored
 from sbml.program.runtime.state import TrainState
 from sbml.program.runtime.versions import versions
-from sbml.score import LEVELS, Adapter
+from sbml.score import Adapter
 from sbml.sdes import SDE, Kernel
 from sbml.sdes.times import Grid, Proposal
 
@@ -203,8 +203,7 @@ class Experiment:
             raise ValueError(
                 f"model.classes={count}, but the images of {images.name} ({images.split}) have no "
                 "labels: digits, sets of tfds with labels, and folders with a subfolder for each "
-                "class have them. A set of tfds that an older version prepared has none: remove "
-                f"it from {self.config.data.options.cache / 'tfds'}"
+                "class have them"
             )
         names, numbers = np.unique(images.labels, return_inverse=True)
         classes = list(classes) or names.tolist()
@@ -339,9 +338,7 @@ class Experiment:
         return template
 
     def restored(self, workdir: epath.PathLike) -> tuple["Experiment", Restored]:
-        """The newest undamaged checkpoint of ``workdir``, and this experiment with the numbers of
-        its SDE as they were trained.
-        """
+        """This experiment with the numbers of its SDE as they were trained, and :meth:`restore`."""
         restored = self.restore(workdir)
         return self.with_learned_schedule(restored.state.ema_params), restored
 
@@ -356,17 +353,6 @@ class Experiment:
         missing = "no dequantizer in {}: train it first (--mode=train_dequantizer)"
         with self.config.dequantizer.training.checkpoints(workdir) as checkpoints:
             return checkpoints.require(template, missing)
-
-    @property
-    def score_identity(self) -> dict[str, Any]:
-        """Everything that a score depends on apart from its parameters, as plain JSON values."""
-        config = self.config.plain()
-        free = compatibility.FREE
-        model = {field: v for field, v in config["model"].items() if field not in free}
-        identity = {"sde": config["sde"], "score": config["score"], "model": model}
-        if self.adapter.parameterization == LEVELS:
-            identity["data"] = {"levels": self.adapter.levels, "values": self.adapter.data}
-        return {**identity, "label_eps": self.eps}
 
     def provenance(self, examples: data.Examples) -> dict:
         """The origin of a checkpoint, stored as its metadata: config, training data, versions, and

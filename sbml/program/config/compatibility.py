@@ -7,12 +7,14 @@ the config (:func:`of_workdir`).
 """
 
 import dataclasses
+import functools
 import math
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sbml import data
 from sbml.core import registry
+from sbml.core.door import brief
 from sbml.core.scalars import notation
 from sbml.core.types import Json
 from sbml.program.config.config import Config, parts_in
@@ -30,6 +32,7 @@ Sections = dict[str, Json]
 
 # Fields of a network or dequantizer that may differ from those in the checkpoint's config.
 FREE = ("clipped", "dropout", "dtype", "init_scale", "remat")
+_said = functools.partial(brief, form=notation)  # a value of a field in a message
 
 
 def of_workdir(config: Config, workdir: Workdir, quiet: bool = False) -> Config:
@@ -59,7 +62,7 @@ def with_fields(config: Config, sections: Sections) -> tuple[Config, list[str]]:
             now = {k: value for k, value in now.items() if not k.startswith(f"{section}.")}
         now |= {f"{section}.{field}": plain(value) for field, value in fields.items()}
     lines = [
-        f"config.{name}={notation(value)}, as in the checkpoint, replaces {notation(before[name])}"
+        f"config.{name}={_said(value)}, as in the checkpoint, replaces {_said(before[name])}"
         for name, value in now.items()
         if name in before and before[name] != value
     ]
@@ -71,9 +74,8 @@ Difference = tuple[str, object, object]
 
 
 def _differences(config: Config, metadata: Metadata, *names: str) -> list[Difference]:
-    """The fields whose values differ between ``config`` and a checkpoint.
-
-    Only the fields and sections with one of ``names`` are compared.
+    """The fields, of those and of the sections called ``names``, whose values differ between
+    ``config`` and a checkpoint.
 
     A field that only one of the two configs has comes from another version of the package and is
     ignored, as are the fields in ``FREE``.
@@ -93,12 +95,13 @@ def _differences(config: Config, metadata: Metadata, *names: str) -> list[Differ
 def _refuse(different: list[Difference], otherwise: str = "") -> None:
     """Raise an error if there are differences; ``otherwise`` says what else the user can do."""
     if different:
-        texts = [(name, notation(ours), notation(theirs)) for name, ours, theirs in different]
+        texts = [(name, _said(ours), _said(theirs)) for name, ours, theirs in different]
         said = [f"config.{name} is {a}, the checkpoint's is {b}" for name, a, b in texts]
-        flags = [f"--config.{name}={theirs}" for name, _, theirs in texts]
+        flags = " ".join(f"--config.{name}={theirs}" for name, _, theirs in texts)
+        remedy = "" if "..." in flags else f", or set {flags}"  # A brief value is not whole.
         raise OtherModelError(
             f"the checkpoint is of another model: {'; '.join(said)}. Use the --config of its "
-            f"training, or set {' '.join(flags)}{otherwise}"
+            f"training{remedy}{otherwise}"
         )
 
 
@@ -138,9 +141,8 @@ def check_score(config: Config, metadata: Metadata) -> None:
     different = _differences(config, metadata, "sde", "score", "model")
     if config.score.parameterization == LEVELS:
         # Its score depends on the number of levels, and on whether the data are bin centres.
-        levels = _differences(config, metadata, "data.levels")
-        kinds = _differences(config, metadata, "data.dequantization")
-        different += levels + [kind for kind in kinds if "centre" in kind]
+        of_data = _differences(config, metadata, "data.levels", "data.dequantization")
+        different += [each for each in of_data if each[0] == "data.levels" or "centre" in each]
     _refuse(different)
     tau = config.eval.tau or math.inf
     eps = smallest_time(config.sde.build(), config.training, config.data, tau)
@@ -158,20 +160,13 @@ def check_training(config: Config, metadata: Metadata) -> None:
     optimizer, so the number of bins and the optimizer must be the same.
     """
     check_score(config, metadata)
-    different = _differences(config, metadata, "training.proposal_bins")
-    if config.optim.name != (name := metadata["config"]["optim"]["name"]):
-        different.append(("optim.name", config.optim.name, name))
-    _refuse(different)
+    _refuse(_differences(config, metadata, "training.proposal_bins", "optim.name"))
 
 
 def check_dequantizer(config: Config, metadata: Metadata) -> None:
     """Check that the parameters of a dequantizer's checkpoint fit ``config``."""
-    stored = {"name": "variational", **metadata["config"].get("dequantizer", {})}
-    fields = ("dequantizer.name", "dequantizer.model")
-    _refuse(
-        _differences(config, {"config": {"dequantizer": stored}}, *fields),
-        ", or move the folder dequantizer/ away to train another one",
-    )
+    different = _differences(config, metadata, "dequantizer.name", "dequantizer.model")
+    _refuse(different, ", or move the folder dequantizer/ away to train another one")
 
 
 def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[str]:
@@ -216,7 +211,7 @@ def changed_settings(metadata: Metadata, ours: Metadata, prefix: str) -> list[st
         names += ["training.times", "eval.smallest_time"]
     names += [k for k in now if k.startswith(sections) and k.rpartition(".")[2] not in free]
     changed = [k for k in names if now.get(k) != before.get(k)]
-    return [f"{k} {notation(before.get(k))} -> {notation(now.get(k))}" for k in changed]
+    return [f"{k} {_said(before.get(k))} -> {_said(now.get(k))}" for k in changed]
 
 
 def earlier_data(metadata: Metadata, examples: data.Examples) -> list[Json | None]:
@@ -231,9 +226,7 @@ def earlier_data(metadata: Metadata, examples: data.Examples) -> list[Json | Non
 
 
 def other_data(metadata: Metadata, examples: data.Examples) -> list[str]:
-    """Warnings if a checkpoint was trained on other data than ``examples``, even if its training
-    then continued on ``examples``.
-    """
+    """Warnings if a checkpoint was trained, at first or to its end, on other data than these."""
     warnings = []
     earlier = metadata.get("earlier_data", [])
     for i, stored in enumerate([*earlier, metadata["data"]]):
@@ -243,7 +236,11 @@ def other_data(metadata: Metadata, examples: data.Examples) -> list[str]:
         present = examples.fingerprint
         data.imagenet32.check_comparable(stored["name"], present["name"])
         if stored["sha256"] != present["sha256"]:
-            changed = {k: (stored.get(k), v) for k, v in present.items() if stored.get(k) != v}
-            first = " first" if i < len(earlier) else ""
-            warnings.append(f"the model was{first} trained on other data than this: {changed}")
+            changed = [
+                f"{k} {_said(stored.get(k))}, here {_said(v)}"
+                for k, v in present.items()
+                if stored.get(k) != v
+            ]
+            what = f"{' first' * (i < len(earlier))} trained on other data than this"
+            warnings.append(f"the model was{what}: {'; '.join(changed)}")
     return warnings

@@ -236,7 +236,7 @@ def of_checkpoint(
                 with errors_of(f"{notation(name)}={brief(value, notation)}"):
                     node, last = node_of(config, name)
                 node[last] = as_tuples(value)
-            return _with_overrides(config, overrides)
+            return with_overrides(config, overrides)
         except ValueError as error:
             if any(name in str(error) for name in overrides):  # It is the user's own value.
                 raise
@@ -266,17 +266,14 @@ def node_of(values: Any, name: str) -> tuple[Any, str]:
     return values, last
 
 
-def with_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> Config:
+def with_overrides(config: ConfigDict | Json, overrides: Mapping[str, str]) -> Config:
     """The config with further values, given as text by the names of the fields ("optim.lr").
 
     With another ``model.name``, the fields of the model are the defaults of that network. With
     another sampler or corrector, the fields that it does not have are left out. A line says which
     fields of the config are left out.
     """
-    return _with_overrides(config.to_dict(), overrides)
-
-
-def _with_overrides(values: Json, overrides: Mapping[str, str]) -> Config:
+    values = config.to_dict() if isinstance(config, ConfigDict) else config
     for kind in (Network, SamplerChoice, CorrectorChoice):
         node, _ = node_of(values, f"{kind.section}.name")
         before, name = {**node}, str(overrides.get(f"{kind.section}.name", node["name"]))

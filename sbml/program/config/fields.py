@@ -116,18 +116,14 @@ def _is_plain(annotation: Any) -> bool:
     return len(inner) == 1 and _is_plain(*inner)
 
 
-def _present(kinds: tuple[Any, ...]) -> Any:
-    """The type of a field that may be None, when it is not."""
-    return next(kind for kind in kinds if kind is not NoneType)
-
-
 def _parsed(text: str, annotation: Any) -> Any:
     """The value that ``text`` stands for in a field of this type; the text itself if it stands for
     none, which the field then refuses."""
     kind = door.unwrapped(annotation)[0]
     kinds = typing.get_args(kind)
     if NoneType in kinds:
-        return None if text == "None" else _parsed(text, _present(kinds))
+        present = next(kind for kind in kinds if kind is not NoneType)
+        return None if text == "None" else _parsed(text, present)
     if typing.get_origin(kind) is tuple and text.strip():
         parts = text.removeprefix("(").removesuffix(")").split(",")
         return tuple(_parsed(part.strip(), kinds[0]) for part in parts if part.strip())

@@ -136,9 +136,7 @@ class Evaluation:
         )
 
     def dequantization(self, name: str) -> Dequantization:
-        """The dequantizer called ``name``, with the averaged parameters of its training if it has
-        parameters.
-        """
+        """The dequantizer called ``name``, with the averaged parameters if it was trained."""
         model = self.experiment.dequantizer(name)
         if not dequantizers.is_trained(model):
             return Dequantization(model, model.init(jax.random.key(0), self.train.images[:1]))

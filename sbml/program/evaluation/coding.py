@@ -29,8 +29,7 @@ def codec_of(trained: Trained, chain: Chain, lanes: int) -> tuple[Codec, dict[st
     experiment = trained.experiment
     shape, levels, kind = experiment.shape, experiment.levels, experiment.config.data.kind
     codec = Codec(trained.score, chain, shape, levels, kind, lanes)
-    # A decoder of files of today must find the same text, so this is no fingerprint.
-    settings = zlib.crc32(repr(experiment.score_identity).encode())
+    settings = zlib.crc32(repr(trained.about["score"]).encode())
     identity = {"weights": f"{trained.parameters_crc32:08x}", "score": f"{settings:08x}"}
     return codec, {**identity, **codec.made_by}
 
@@ -161,11 +160,6 @@ def write_folder(folder: Path, pixels: np.ndarray, ids: np.ndarray, levels: int)
     files = files_of(folder, len(pixels))
     for number in ids:
         _picture(pixels[number], levels).save(files[number])
-
-
-def writable(shape: tuple[int, ...], levels: int) -> bool:
-    """Whether PNG files can store images of this shape and these levels exactly."""
-    return shape[-1] == 1 or (shape[-1], levels) == (3, 256)
 
 
 def check(mode: str) -> None:

@@ -37,7 +37,8 @@ def run(trained: Trained, preemption: Preemption, source: str = "", to: str = ""
         raise ValueError(f"no file {path}: make it first (--mode=compress), or give --source=FILE")
     content = path.read_bytes()
     header, stacks = file.from_bytes(content, str(path))
-    if to and not coding.writable(experiment.shape, experiment.levels):
+    channels = experiment.shape[-1]
+    if to and channels != 1 and (channels, experiment.levels) != (3, 256):
         raise ValueError(f"--to={to}: PNG files cannot hold such images; leave it out")
     if to and (there := [p for p in coding.files_of(Path(to), header.count) if p.exists()]):
         raise ValueError(f"{there[0]} exists, and would be overwritten: give --to=NEW_FOLDER")

@@ -132,10 +132,7 @@ def split(tree: PyTree) -> PyTree:
 
 
 def round_up(size: int, devices: int | None = None) -> int:
-    """The smallest multiple of ``devices`` that is at least ``size``, for padded batches.
-
-    By default, ``devices`` is the number of devices of all processes.
-    """
+    """The smallest multiple of ``devices``, by default all of them, that is at least ``size``."""
     devices = devices or jax.device_count()
     return -(-size // devices) * devices
 

@@ -315,7 +315,7 @@ def test_the_report_is_a_table_and_plain_values() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"returned shape \(1, 1\) for 1 images"):
         checked(lambda d, s, pixels, seed: np.zeros((len(pixels), 1)))
-    with pytest.raises(ValueError, match="calls=4: a spread needs at least 8 calls"):
+    with pytest.raises(ValueError, match="calls is 4: give an integer of at least 8"):
         audit(Estimator("", exact), PAIR, calls=4)
 
 

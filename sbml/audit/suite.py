@@ -38,7 +38,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +48,7 @@ from sbml.audit import worlds as known
 from sbml.audit.worlds import Denoiser, Images, World
 from sbml.core import bits
 from sbml.core.door import checked
-from sbml.core.scalars import Count
+from sbml.core.scalars import Count, at_least
 from sbml.core.types import Array, Json, Real
 from sbml.score import integers
 from sbml.sdes import SDE, SDES
@@ -208,7 +208,7 @@ def audit(
     worlds: Mapping[str, World] | None = None,
     *,
     sde: SDE | None = None,
-    calls: int = 64,
+    calls: Annotated[int, at_least(8)] = 64,
     repetitions: int = 500,
     images: Count = 9,
     seed: int = 0,
@@ -230,8 +230,6 @@ def audit(
     Raises:
       ValueError: the estimator returns no number for each image.
     """
-    if calls < 8:
-        raise ValueError(f"calls={calls}: a spread needs at least 8 calls")
     start = time.perf_counter()
     process = SDES["vp"]() if sde is None else sde
     named = WORLDS if worlds is None else worlds

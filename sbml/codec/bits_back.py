@@ -283,12 +283,11 @@ class Codec:
         """Encode ``pixels (n, *shape)``, as the image ``number`` of each of the n stacks."""
         chain, n, pads = self.chain, len(pixels), self._pads(number)
         k = pixels.reshape(n, -1).astype(np.int64)
-        if self.data == CENTRE:
-            cell, x = k, (2 * k + 1) / self.levels - 1
-        else:
+        cell = k  # A bin of data at bin centres is one cell.
+        if self.data == UNIFORM:
             lanes.scramble(pads[-1])
             cell = k * self.cells + lanes.pop_uniform(self.cells, self.dims)
-            x = self._point(cell)
+        x = self._point(cell)
         lanes.scramble(pads[0])
         z = lanes.pop(self._forward[0], self.widths[0], chain.forward_mean(0, x))
         self._push_image(lanes, z, cell)
@@ -314,8 +313,8 @@ class Codec:
             z = below
         cell = self._pop_image(lanes, z)
         k = cell // self.cells
-        x = (2 * k + 1) / self.levels - 1 if self.data == CENTRE else self._point(cell)
-        lanes.push(self._forward[0], self.widths[0], z, chain.forward_mean(0, x))
+        mean = chain.forward_mean(0, self._point(cell))
+        lanes.push(self._forward[0], self.widths[0], z, mean)
         lanes.scramble(-pads[0])
         if self.data == UNIFORM:
             lanes.push_uniform(cell - k * self.cells, self.cells)

@@ -15,7 +15,7 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -102,17 +102,7 @@ class Header(BaseModel):
 
     def check_codec(self, codec: Codec, made_by: Mapping[str, str]) -> None:
         """Raise a CodedFileError unless ``codec`` and ``made_by`` are those of the encoder."""
-        chain = codec.chain
-        here = {
-            "shape": list(codec.shape),
-            "levels": codec.levels,
-            "data": codec.data,
-            "steps": chain.steps,
-            "eps": chain.eps,
-            "errors": as_integers(chain.errors),
-            "lanes": codec.lanes,
-            **made_by,
-        }
+        here = {**_settings(codec), "lanes": codec.lanes, **made_by}
         there = {**self.model_dump(), "lanes": self.lanes, **self.made_by}
         others = [f"{n} {there.get(n)}, here {here[n]}" for n in here if here[n] != there.get(n)]
         if others:
@@ -142,6 +132,18 @@ def as_integers(errors: Sequence[float]) -> list[int]:
     return [min(255, max(0, round(256 * m - 0.5))) for m in errors]
 
 
+def _settings(codec: Codec) -> dict[str, Any]:
+    """The fields of the header that a codec determines."""
+    return {
+        "shape": list(codec.shape),
+        "levels": codec.levels,
+        "data": codec.data,
+        "steps": codec.chain.steps,
+        "eps": float(codec.chain.eps),
+        "errors": as_integers(codec.chain.errors),
+    }
+
+
 def to_bytes(header: Header, stacks: list[np.ndarray]) -> bytes:
     """The content of the file; ``stacks`` are the words of each, uint32 ``(n,)``."""
     text = json.dumps(header.model_dump(), separators=(",", ":")).encode()
@@ -153,15 +155,9 @@ def packed(
     codec: Codec, pixels: np.ndarray, state: State, made_by: Mapping[str, str]
 ) -> tuple[Header, bytes]:
     """The file of ``pixels``, whose encoding ended with ``state``."""
-    chain = codec.chain
     header = Header(
         count=len(pixels),
-        shape=list(codec.shape),
-        levels=codec.levels,
-        data=codec.data,
-        steps=chain.steps,
-        eps=float(chain.eps),
-        errors=as_integers(chain.errors),
+        **_settings(codec),
         made_by=dict(made_by),
         words=[len(words) for words in state.stacks],
         crc32=[crc32(words) for words in state.stacks],

@@ -42,32 +42,25 @@ NARROW = 0.1
 
 
 class Design(NamedTuple):
-    """The layers of a flow, and how the networks in it are built.
+    """The layers of a flow, and how the networks in it are built; the defaults are
+    those for CIFAR-10.
 
     ``context`` is the name of the context network in the parameters. It has ``context_blocks``
     gated convolutions, each followed by attention with ``context_heads`` heads, or by none if
     ``context_heads`` is 0.
     """
 
-    couplings: int
-    mixes_channels: bool
-    weight_norm: bool
-    ends_in_elu: bool
-    context: str
-    context_blocks: int
-    context_heads: int
+    couplings: int = 4
+    mixes_channels: bool = True
+    weight_norm: bool = False
+    ends_in_elu: bool = False
+    context: str = "ShallowProcessor_0"
+    context_blocks: int = 3
+    context_heads: int = 0
 
 
 DESIGNS = {
-    "cifar10": Design(
-        couplings=4,
-        mixes_channels=True,
-        weight_norm=False,
-        ends_in_elu=False,
-        context="ShallowProcessor_0",
-        context_blocks=3,
-        context_heads=0,
-    ),
+    "cifar10": Design(),
     "imagenet32": Design(
         couplings=8,
         mixes_channels=False,

@@ -42,6 +42,7 @@ from sbml.sdes import SDE
 from sbml.statistics import moments
 
 Evaluations = Integer[Array, ""] | int  # of the score
+Points = Vector | None  # a row of ``Estimator.points``
 OneExample = Num[Array, "*s"]  # one example of integers or, without levels, of real numbers
 
 
@@ -183,13 +184,7 @@ class Estimator(abc.ABC):
 
     @abc.abstractmethod
     def one(
-        self,
-        score: Score,
-        params: PyTree,
-        data: OneExample,
-        key: Key,
-        u: Vector | None,
-        target: Target,
+        self, score: Score, params: PyTree, data: OneExample, key: Key, u: Points, target: Target
     ) -> tuple[dict[str, Scalar], Evaluations]:
         """The terms ``()`` in nats of one example, without ``scale``, and the score evaluations.
 
@@ -281,7 +276,7 @@ def rows(
         if reason:
             raise ValueError(f"{target.dequantizer}: {reason}")
 
-    def one(score: Score, data: OneExample, key: Key, u: Vector | None) -> dict[str, Array]:
+    def one(score: Score, data: OneExample, key: Key, u: Points) -> dict[str, Array]:
         terms, nfe = estimator.one(score, params, data, key, u, target)
         if unnamed := set(terms) - {*estimator.terms, *estimator.columns}:
             raise ValueError(

@@ -9,7 +9,7 @@ integers. The terms for dequantization and for the change of variables are then 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +17,13 @@ import numpy as np
 
 from sbml import dequantizers
 from sbml.core.streams import stream
-from sbml.core.types import Array, Key, PyTree, Scalar, Score, Vector
+from sbml.core.types import Array, Key, PyTree, Scalar, Score
 from sbml.density.estimators import base
-from sbml.density.estimators.base import Evaluations, OneExample, Target
+from sbml.density.estimators.base import Evaluations, OneExample, Points, Target
 from sbml.likelihood import bound
 from sbml.likelihood.bound import Reduction
 from sbml.score.divergence import Trace
 from sbml.sdes import times
-
-
-class Form(TypedDict, total=False):
-    """The arguments of ``bound.elbo`` that choose the form of its diffusion term."""
-
-    trace: Trace
-    steps: int | bound.Steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,40 +59,22 @@ class Estimator(base.Estimator):
         return ""
 
     def one(
-        self,
-        score: Score,
-        params: PyTree,
-        data: OneExample,
-        key: Key,
-        u: Vector | None,
-        target: Target,
+        self, score: Score, params: PyTree, data: OneExample, key: Key, u: Points, target: Target
     ) -> tuple[dict[str, Scalar], Evaluations]:
         assert u is not None  # ``points`` gives them.
         sde, eps, bound_key = target.sde, target.eps, stream(key, "bound")
         model = target.dequantizer
+        how: dict[str, Any] = {"eps": eps, "u": u, "reduction": self.reduction, **self.own}
         if dequantizers.has_bound(model):
-            terms = model.bound(
-                params,
-                score,
-                sde,
-                data,
-                bound_key,
-                target.levels,
-                eps=eps,
-                u=u,
-                reduction=self.reduction,
-                **self.own,
-            )
+            terms = model.bound(params, score, sde, data, bound_key, target.levels, **how)
             return {**terms._asdict(), "dequantization": jnp.zeros(())}, u.size + model.calls
         x, log_q = target.sample(params, data, stream(key, "dequantization"))
-        terms = bound.elbo(
-            score, sde, x, bound_key, eps=eps, u=u, reduction=self.reduction, **self.own
-        )
+        terms = bound.elbo(score, sde, x, bound_key, **how)
         return {**terms._asdict(), "dequantization": log_q}, u.size + 1
 
     @property
-    def own(self) -> Form:
-        """The form of the bound of this class."""
+    def own(self) -> dict[str, Any]:
+        """The arguments of ``bound.elbo`` that choose the form of its diffusion term."""
         return {}
 
     def scale_nats(self, target: Target, shape: tuple[int, ...]) -> float:
@@ -132,7 +107,7 @@ class ScoreMatching(Estimator):
     trace: Trace = Trace()
 
     @property
-    def own(self) -> Form:
+    def own(self) -> dict[str, Any]:
         return {"trace": self.trace}
 
     @classmethod
@@ -153,5 +128,5 @@ class InSteps(Estimator):
     steps: int | bound.Steps = 1000
 
     @property
-    def own(self) -> Form:
+    def own(self) -> dict[str, Any]:
         return {"steps": self.steps}

@@ -22,9 +22,9 @@ from jaxtyping import Float
 
 from sbml import dequantizers, likelihood
 from sbml.core.streams import stream
-from sbml.core.types import Array, Key, PyTree, Scalar, Score, Vector
+from sbml.core.types import Array, Key, PyTree, Scalar, Score
 from sbml.density.estimators import base
-from sbml.density.estimators.base import Evaluations, OneExample, Target
+from sbml.density.estimators.base import Evaluations, OneExample, Points, Target
 from sbml.likelihood import Likelihood
 from sbml.likelihood.ode import Solver
 from sbml.score.divergence import Trace
@@ -68,13 +68,7 @@ class Estimator(base.Estimator):
         return "this dequantizer has a bound only, so there is no density to solve for"
 
     def one(
-        self,
-        score: Score,
-        params: PyTree,
-        data: OneExample,
-        key: Key,
-        u: Vector | None,
-        target: Target,
+        self, score: Score, params: PyTree, data: OneExample, key: Key, u: Points, target: Target
     ) -> tuple[dict[str, Scalar], Evaluations]:
         def draw(key: Key) -> tuple[dict[str, Scalar], Evaluations]:
             terms, result = self.solved(score, params, data, key, target)

@@ -125,7 +125,6 @@ def check_training(e: Experiment) -> None:
         "data.dequantization": (e.config.data.dequantization, "uniform"),
         "training.discrete_levels": (training.discrete_levels, 0),
         "training.importance_sampling": (training.importance_sampling, True),
-        "training.importance": (training.importance, "noise"),
         "sde.learned": (e.config.sde.learned, False),
     }
     if wrong := {name: pair for name, pair in expected.items() if pair[0] != pair[1]}:

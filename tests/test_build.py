@@ -67,9 +67,7 @@ def test_papers_settings(data, sde, size, count):
     assert config.training.batch_size == 128
     assert (config.optim.lr, config.optim.warmup, config.optim.grad_clip) == (2e-4, 5_000, 1.0)
     assert config.optim.ema == 0.9999
-    config.training.importance = "velocity"
-    assert build.Experiment(config).adapter.eps == experiment.adapter.eps
-    config.training.update(importance_sampling=False, importance="noise")
+    config.training.importance_sampling = False
     assert build.Experiment(config).adapter.eps == (1e-2 if sde == "subvp" else 1e-5)
 
 
@@ -148,19 +146,16 @@ def test_best_recipes_are_integer_denoisers_with_their_own_decoder(name, network
         get_config("cifar")
 
 
-def test_importance_names_the_proposal_of_times() -> None:
+def test_importance_sampling_names_the_proposal_of_times() -> None:
     config = tiny.get_config()
-    for importance, proposal in (("noise", times.Importance), ("velocity", times.Velocity)):
-        config.training.importance = importance
+    for sampling, proposal in ((True, times.Importance), (False, times.Uniform)):
+        config.training.importance_sampling = sampling
         experiment = build.Experiment(config)
         assert type(experiment.proposal) is proposal
         assert experiment.proposal.eps == experiment.adapter.eps
     assert experiment.config.eval.bound.proposal_name == "importance"
-    config.eval.bound.update(importance="velocity", proposal_bins=0)
-    assert build.Experiment(config).config.eval.bound.proposal_name == "velocity"
-    config.training.importance_sampling = False
-    with pytest.raises(ValueError, match=r"training.importance=velocity with training.importance_"):
-        build.Experiment(config)
+    config.eval.bound.update(importance_sampling=False, proposal_bins=0)
+    assert build.Experiment(config).config.eval.bound.proposal_name == "uniform"
 
 
 def test_the_table_of_an_evaluation():

@@ -114,14 +114,14 @@ def test_noise_of_an_ode_cell_is_measured_by_a_second_draw_of_a_subset(trained, 
 @pytest.mark.slow
 def test_times_with_heavy_weights_are_warned_of_and_the_defaults_are_not(trained, tmp_path):
     """In the line of the terminal, and in the warnings and the row of the report."""
-    for fields in ({}, {"importance": "velocity", "proposal_bins": 0}):
+    for fields in ({}, {"importance_sampling": False, "proposal_bins": 0}):
         few = {"max_images": 40, "batch_size": 16, "bound": {"sweeps": 3, **fields}}
         run = cell_run(trained, tmp_path, BOUND, **few)
         result, warnings = run.row, run.warnings
         warnings = [w for w in warnings if "HEAVY TAILS" in w]
         assert bool(fields) == ("HEAVY TAILS" in report.line(result)) == bool(warnings)
         assert (result["tail"] > 0.7) == bool(fields)
-    assert "use the defaults of eval.bound.importance and " in warnings[0]
+    assert "use the default of eval.bound.importance_sampling" in warnings[0]
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ OF_BOTH = set(
 )
 OF_ROWS = OF_BOTH | set(
     """
-    eval.ode.atol eval.bound.control eval.ode.fixed_steps eval.bound.importance
+    eval.ode.atol eval.bound.control eval.ode.fixed_steps
     eval.bound.importance_sampling eval.ode.max_steps eval.ode.method eval.bound.n_times
     eval.precision eval.ode.probes eval.bound.proposal_bins eval.ode.rtol eval.seed
     eval.smallest_time eval.bound.times eval.ode.trace
@@ -127,7 +127,6 @@ OF_CLASSIFIER = OF_BOTH | set(
 OTHERS = {
     "data.crop": "random",
     "data.dequantization": "none",
-    "eval.bound.importance": "velocity",
     "eval.ode.method": "heun",
     "eval.precision": "high",
     "eval.smallest_time": 1e-3,

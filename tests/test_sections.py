@@ -257,8 +257,6 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
             "eval.quality.features=vgg: give one of digits_classifier, inception",
         ),
         ("eval.bound.importance_sampling", False, "set --config.eval.bound.proposal_bins=0"),
-        ("eval.bound.importance", "velocity", "set --config.eval.bound.proposal_bins=0"),
-        ("training.importance", "x0", "training.importance=x0: give one of noise, velocity"),
         ("dequantizer.name", "uniform", "dequantizer.name=uniform has no parameters to train"),
         ("sde.name", "os:system", "sde.name: SDE os:system is <built-in function system> (builtin"),
         ("sde.name", "os:Missing", "SDE os:Missing: the module os has no attribute Missing: give"),

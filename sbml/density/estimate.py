@@ -215,10 +215,7 @@ class Estimate:
             "raise times_each, or improve the score where it is least accurate, such as near eps"
         )
         if section:
-            remedy = (
-                f"use the defaults of {section}importance and {section}importance_sampling, or "
-                f"raise {section}n_times"
-            )
+            remedy = f"use the default of {section}importance_sampling, or raise {section}n_times"
         return f"HEAVY TAILS: {about}, so the intervals are too narrow; {remedy}"
 
     def about_outliers(self, names: Sequence[str] | None = None) -> str:

@@ -265,7 +265,8 @@ def elbo(
 
     pairs, last = _normals(key, u.size, centre)
     diffusion = mean_over_times(draw, pairs, sde, centre, eps, u, reduction, steps)
-    if width is not None:
+    if isinstance(noise, TruncatedNormal):
+        assert width is not None
         diffusion = diffusion + centre.size * edge_constant(sde, eps, width)
         variance = 1 - scalars.exp(-_snr_range(sde, eps)) * (1 - _variance(width))
         return Bound(prior_kl(sde, centre, variance), diffusion, jnp.zeros((), centre.dtype))

@@ -91,11 +91,10 @@ class Bound(Times):
 
     def check(self) -> None:
         """Check that a learned density of times has a proposal in log-SNR."""
-        super().check()
-        if self.proposal_name != "importance" and self.proposal_bins:
+        if self.proposal_bins and not self.importance_sampling:
             raise ValueError(
-                f"eval.bound.importance={self.importance}, eval.bound.importance_sampling="
-                f"{self.importance_sampling} with eval.bound.proposal_bins={self.proposal_bins}: "
+                f"eval.bound.importance_sampling=False with eval.bound.proposal_bins="
+                f"{self.proposal_bins}: "
                 "the density of the times can only be estimated over log-SNR; set "
                 "--config.eval.bound.proposal_bins=0"
             )

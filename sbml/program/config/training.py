@@ -31,11 +31,6 @@ if TYPE_CHECKING:
 Bins = Annotated[int, Ge(0), Le(4_096)]
 NOISES = ("independent", "antithetic")
 
-# With likelihood weighting, importance sampling gives the squared error of one prediction the same
-# total weight at all times. The keys are these predictions, and the values are the names of the
-# proposals of the times.
-IMPORTANCE = {"noise": "importance", "velocity": "velocity"}
-
 
 class Loop(Section):
     """Settings of a training loop, for a score or a dequantizer."""
@@ -91,26 +86,14 @@ class Times(Section):
     """How the times of a training or of a bound are drawn."""
 
     times: Annotated[str, among(DRAWS)] = field("lattice", "how the times are spread")
-    importance_sampling: bool = field(True, "draw times by importance; False: uniform in t")
-    importance: Annotated[str, among(IMPORTANCE)] = field(
-        "noise",
-        "noise: uniform in log-SNR, as in the paper; velocity: with a density over log-SNR that is "
-        "proportional to its sigmoid, which is alpha^2 for vp",
+    importance_sampling: bool = field(
+        True, "draw times uniformly in log-SNR, the paper's importance sampling; False: in t"
     )
-
-    def check(self) -> None:
-        """Check that the importance has an effect."""
-        if self.importance != "noise" and not self.importance_sampling:
-            name = self.name_of("importance")
-            raise ValueError(
-                f"{name}={self.importance} with {name}_sampling=False: it has no effect on uniform "
-                f"times; set --config.{name}_sampling=True"
-            )
 
     @property
     def proposal_name(self) -> str:
         """The name of the proposal of the times, a key of ``times.PROPOSALS``."""
-        return IMPORTANCE[self.importance] if self.importance_sampling else "uniform"
+        return "importance" if self.importance_sampling else "uniform"
 
 
 class Training(Loop, Times):

@@ -116,7 +116,7 @@ def test_a_training_that_lost_its_checkpoints_warns_and_restarts(tmp_path, caplo
     assert "has no checkpoint, but metrics.jsonl reaches step 4: training begins" in caplog.text
     assert (tmp_path / metrics.EARLIER).read_bytes() == earlier
     later = (tmp_path / metrics.FILE).read_bytes()
-    metrics.MetricsWriter(tmp_path, 0).close()  # It begins again once more.
+    metrics.Log(tmp_path, 0, 1).close()  # It begins again once more.
     assert (tmp_path / metrics.EARLIER).read_bytes() == earlier + later
 
 

@@ -15,7 +15,6 @@ from sbml.core.types import Json
 
 if TYPE_CHECKING:
     from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.summary_pb2 import Summary
 
 FILE = "metrics.jsonl"
 EARLIER = "metrics.jsonl.earlier"  # rows of a training that was begun again at step 0
@@ -45,131 +44,61 @@ def _parse(path: epath.Path) -> tuple[list[Json], list[str]]:
     return rows, damaged
 
 
-class MetricsWriter:
-    """Appends rows of scalars. A file that cannot be written does not end the training.
-
-    Rows of steps after ``start``, the step from which a run resumes, are removed first: the resumed
-    run repeats these steps, and the file must not list a step twice.
-    """
-
-    def __init__(self, workdir: epath.PathLike, start: int) -> None:
-        self.failures = 0  # number of writes that failed
-        self._path = epath.Path(workdir) / FILE
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        rows, damaged = _parse(self._path)
-        if damaged:  # The file is rewritten below, so its damaged lines are saved for people.
-            aside = self._path.parent / f"{FILE}.damaged"
-            before = aside.read_text() if aside.exists() else ""
-            aside.write_text(before + "\n".join(damaged) + "\n")
-        if rows and start == 0:
-            earlier = self._path.parent / EARLIER
-            before = earlier.read_bytes() if earlier.exists() else b""
-            write_whole(earlier, before + "".join(map(json_line, rows)).encode())
-        self._rows = [row for row in rows if row["step"] <= start]
-        self._incomplete = False  # whether the file may lack rows, or end in a part of one
-        self._rewrite()
-        where = str(epath.Path(workdir) / "tensorboard")
-        self._board = None
-        # tensorboardX would treat the address of another store as the name of a local folder.
-        if not remote(where) or where.startswith(("gs://", "s3://")):
-            self._board = _Board(where, start + 1)
-        else:
-            logging.warning("tensorboard cannot write to %s: see %s", where, self._path)
-
-    @property
-    def seconds(self) -> float:
-        """Training time in seconds up to the last row."""
-        return self._rows[-1]["seconds"] if self._rows else 0.0
-
-    @contextlib.contextmanager
-    def tolerant(self, step: int) -> Iterator[None]:
-        """A context in which an OSError does not end the training. Only the first is logged."""
-        try:
-            yield
-        except OSError as error:
-            if not self.failures:
-                logging.error("step %d: %s. Training goes on without this file", step, error)
-            self.failures += 1
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Append the row of one step. Rows that could not be written before are written with it."""
-        from tensorboardX import summary
-
-        self._rows.append({"step": step, **values})
-        with self.tolerant(step):
-            if self._incomplete or remote(self._path):  # Object stores cannot append.
-                self._rewrite()
-            else:
-                self._incomplete = True  # The line may be cut off.
-                with open(self._path, "a") as file:
-                    file.write(json_line(self._rows[-1]))
-                self._incomplete = False
-            if self._board:
-                self._board.write(step, *(summary.scalar(*item) for item in values.items()))
-
-    def amend(self, step: int, values: dict[str, float]) -> None:
-        """Add ``values`` to the last row, unless it is of another step or already has them."""
-        from tensorboardX import summary
-
-        last = self._rows[-1] if self._rows else {}
-        if last.get("step") != step or values.keys() <= last.keys():
-            return
-        last.update(values)
-        with self.tolerant(step):
-            self._rewrite()
-            if self._board:
-                self._board.write(step, *(summary.scalar(*item) for item in values.items()))
-
-    def _rewrite(self) -> None:
-        self._incomplete = True
-        write_whole(self._path, "".join(map(json_line, self._rows)).encode())
-        self._incomplete = False
-
-    def picture(self, step: int, image: np.ndarray) -> None:
-        """Write a picture of samples, uint8 ``(h, w, c)``, to tensorboard."""
-        from tensorboardX import summary
-
-        if self._board:
-            with self.tolerant(step):
-                self._board.write(step, summary.image("samples", image, dataformats="HWC"))
-
-    def close(self) -> None:
-        """Write what is buffered or was not written before."""
-        with self.tolerant(self._rows[-1]["step"] if self._rows else 0):
-            if self._incomplete:
-                self._rewrite()
-            if self._board:
-                self._board.close()
-
-
 class Log:
-    """The log of a training: means over the steps of a row, for the files and the progress bar.
+    """The log of a training: rows of means over steps, pictures, and a text for the progress bar.
 
-    Only process 0 writes files: rows and pictures in the folder ``samples``. Pictures of steps
-    after ``start`` are removed, because the resumed run makes them again; but if the training
-    begins again at step 0, they get another name, because people may want them.
+    Only process 0 writes files. A file that cannot be written does not end the training.
+
+    Rows and pictures of steps after ``start``, the step from which a run resumes, are removed
+    first: the resumed run repeats these steps, and the file must not list a step twice. But if the
+    training begins again at step 0, they are stored under other names, because people may want
+    them.
 
     Attributes:
       text: what the progress bar says about the last row.
+      failures: the number of writes that failed.
     """
 
-    def __init__(self, folder: epath.Path, start: int, images_per_step: float) -> None:
-        self.text, self._images_per_step, self._pictures = "", images_per_step, folder / "samples"
+    def __init__(self, folder: epath.PathLike, start: int, images_per_step: float) -> None:
+        self.text, self.failures, self._images_per_step = "", 0, images_per_step
         self._steps: list[tuple[float, float]] = []  # loss and grad_norm since the last row
-        self._since, self._writer = time.perf_counter(), None
-        if jax.process_index() > 0:
-            return
-        self._writer = MetricsWriter(folder, start)
-        for path in self._pictures.glob("step_*.png"):
+        self._rows: list[Json] = []
+        self._incomplete = False  # whether the file may lack numbers, or end in a part of a row
+        self._writes, self._board = jax.process_index() == 0, None
+        self._folder = epath.Path(folder)
+        if self._writes:
+            self._begin(start)
+        self._since = time.perf_counter()
+
+    def _begin(self, start: int) -> None:
+        """Set aside what is there of steps after ``start``, and open the files."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        rows, damaged = _parse(self._folder / FILE)
+        self._rows = [row for row in rows if row["step"] <= start]
+        # The file is rewritten below, so its damaged lines are saved for people.
+        aside = {f"{FILE}.damaged": [f"{line}\n" for line in damaged]}
+        aside[EARLIER] = [] if start else [*map(json_line, rows)]
+        for path, lines in ((self._folder / name, lines) for name, lines in aside.items()):
+            before = path.read_text() if path.exists() else ""
+            if lines:
+                write_whole(path, (before + "".join(lines)).encode())
+        self._rewrite()
+        for path in (self._folder / "samples").glob("step_*.png"):
             if not path.stem[5:].isdecimal() or int(path.stem[5:]) <= start:
                 continue
             if start:
                 path.unlink()
                 continue
-            aside = path
-            while aside.exists():
-                aside = aside.with_name(f"{aside.name}.earlier")
-            path.replace(aside)
+            earlier = path
+            while earlier.exists():
+                earlier = earlier.with_name(f"{earlier.name}.earlier")
+            path.replace(earlier)
+        where = str(self._folder / "tensorboard")
+        # tensorboardX would treat the address of another store as the name of a local folder.
+        if not remote(where) or where.startswith(("gs://", "s3://")):
+            self._board = _Board(where, start + 1)
+        else:
+            logging.warning("tensorboard cannot write to %s: see %s", where, FILE)
 
     def add(self, loss: float, grad_norm: float) -> None:
         """Count one step."""
@@ -180,10 +109,12 @@ class Log:
         now = time.perf_counter()
         (loss, norm), count = map(float, np.mean(self._steps, axis=0)), len(self._steps)
         self.text = f"loss {loss:z.4f}, the mean of {count} steps"
-        if self._writer:
-            seconds, rate = now - self._since, count * self._images_per_step / (now - self._since)
-            values = {"loss": loss, "grad_norm": norm, "images_per_s": rate}
-            self._writer.scalars(step, {**values, "seconds": self._writer.seconds + seconds})
+        seconds, before = now - self._since, self._rows[-1]["seconds"] if self._rows else 0.0
+        rate = count * self._images_per_step / seconds
+        values = {"loss": loss, "grad_norm": norm, "images_per_s": rate}
+        values["seconds"] = before + seconds
+        self._rows.append({"step": step, **values})
+        self._write(step, values)
         self._steps, self._since = [], now
 
     @contextlib.contextmanager
@@ -194,24 +125,63 @@ class Log:
         self._since += time.perf_counter() - before
 
     def validation(self, step: int, found: dict[str, float]) -> None:
-        """Add the numbers of a validation to the last row, if it is that of ``step``."""
+        """Add the numbers of a validation to the last row, unless it is of another step or already
+        has them."""
         if self.text:
             self.text += f", validation {found['validation_bits_per_dim']:z.4f} bits/dim"
-        if self._writer:
-            self._writer.amend(step, found)
+        last = self._rows[-1] if self._rows else {}
+        if last.get("step") == step and not found.keys() <= last.keys():
+            last.update(found)
+            self._incomplete = True
+            self._write(step, found)
 
     def picture(self, step: int, grid: np.ndarray, png: bytes) -> None:
         """Write a picture of samples, uint8 ``(h, w, c)``, as a PNG file and to tensorboard."""
-        if self._writer:
-            with self._writer.tolerant(step):
-                self._pictures.mkdir(parents=True, exist_ok=True)
-                write_whole(self._pictures / f"step_{step:08d}.png", png)
-            self._writer.picture(step, grid)
+        if self._writes:
+            with self._tolerant(step):
+                (self._folder / "samples").mkdir(parents=True, exist_ok=True)
+                write_whole(self._folder / "samples" / f"step_{step:08d}.png", png)
+            with self._tolerant(step):
+                if self._board:
+                    self._board.write(step, {}, grid)
 
     def close(self) -> None:
         """Write what is buffered or was not written before."""
-        if self._writer:
-            self._writer.close()
+        with self._tolerant(self._rows[-1]["step"] if self._rows else 0):
+            if self._writes and self._incomplete:
+                self._rewrite()
+            if self._board:
+                self._board.close()
+
+    @contextlib.contextmanager
+    def _tolerant(self, step: int) -> Iterator[None]:
+        """A context in which an OSError does not end the training. Only the first is logged."""
+        try:
+            yield
+        except OSError as error:
+            if not self.failures:
+                logging.error("step %d: %s. Training goes on without this file", step, error)
+            self.failures += 1
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        """Write the last row, whose new ``values`` these are, and those that failed before it."""
+        if not self._writes:
+            return
+        with self._tolerant(step):
+            if self._incomplete or remote(self._folder):  # Object stores cannot append.
+                self._rewrite()
+            else:
+                self._incomplete = True  # The line may be cut off.
+                with open(self._folder / FILE, "a") as file:
+                    file.write(json_line(self._rows[-1]))
+                self._incomplete = False
+            if self._board:
+                self._board.write(step, values)
+
+    def _rewrite(self) -> None:
+        self._incomplete = True
+        write_whole(self._folder / FILE, "".join(map(json_line, self._rows)).encode())
+        self._incomplete = False
 
 
 class _Board:
@@ -231,8 +201,10 @@ class _Board:
         self._file: EventsWriter | None = None
         self._files, self._flushed = 0, -np.inf
 
-    def write(self, step: int, *summaries: "Summary") -> None:
-        """Write the summaries of one step. The message of an OSError names the folder."""
+    def write(self, step: int, values: dict[str, float], picture: np.ndarray | None = None) -> None:
+        """Write the ``values`` and the ``picture`` of one step, uint8 ``(h, w, c)``. The message of
+        an OSError names the folder."""
+        from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import directory_check
@@ -246,8 +218,11 @@ class _Board:
                     first = Event(wall_time=time.time(), step=self._first_step, session_log=log)
                     self._file.write_event(first)
                 self._files += 1
-            for summary in summaries:
-                self._file.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            summaries = [summary.scalar(*item) for item in values.items()]
+            if picture is not None:
+                summaries.append(summary.image("samples", picture, dataformats="HWC"))
+            for each in summaries:
+                self._file.write_event(Event(wall_time=time.time(), step=step, summary=each))
             if time.monotonic() - self._flushed > self.flush_seconds:
                 self._file.flush()
                 self._flushed = time.monotonic()

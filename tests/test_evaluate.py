@@ -269,7 +269,6 @@ def test_the_config_chooses_the_distribution_of_times(trained, tmp_path):
     for fields, proposal in (
         ({}, "importance"),
         ({"importance_sampling": False}, "uniform"),
-        ({"importance": "velocity"}, "velocity"),
     ):
         bound = {"control": False, "proposal_bins": 0, **fields}
         run = cell_run(trained, tmp_path, BOUND, bound=bound)

@@ -464,7 +464,7 @@ def test_of_a_long_list_the_most_similar_names_are_shown(refusal: Callable[..., 
     assert refusal(CONFIG, "--config.training.batchsize=1") == (
         "ValueError: config.training has no field batchsize: did you mean training.batch_size? It "
         "has accumulate, batch_size, shard_state, steps_per_dispatch, times, validation_images "
-        "and 14 more (--help)"
+        "and 13 more (--help)"
     )
 
 

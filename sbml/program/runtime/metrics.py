@@ -64,7 +64,8 @@ class Log:
         self._steps: list[tuple[float, float]] = []  # loss and grad_norm since the last row
         self._rows: list[Json] = []
         self._incomplete = False  # whether the file may lack numbers, or end in a part of a row
-        self._writes, self._board = jax.process_index() == 0, None
+        self._writes = jax.process_index() == 0
+        self._board: _Board | None = None
         self._folder = epath.Path(folder)
         if self._writes:
             self._begin(start)

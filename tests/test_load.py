@@ -80,6 +80,22 @@ def test_a_value_of_a_wrong_type_in_a_checkpoint_is_named_with_its_folder(
     assert found > len(names) / 2
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_values_in_a_checkpoint_that_do_not_fit_together_are_named_with_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = unflatten_dict(FLAT | {"sde.learned": True, "data.dequantization": "uniform"}, sep=".")
+    manifest = {"metadata": {"config": config, "data": None}, "leaves": []}
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(Checkpoints, "steps", lambda self: [1])
+    monkeypatch.setattr(checkpoint, "_manifest", lambda _: manifest)
+    with pytest.raises(
+        ValueError, match="^the config of the checkpoint in .*: sde.learned"
+    ) as told:
+        load(tmp_path)
+    assert str(tmp_path) in str(told.value)
+
+
 def test_a_message_about_a_network_of_many_levels_is_short() -> None:
     many = {"down_block_types": ("DownBlock2D",) * 5000, "up_block_types": ("UpBlock2D",)}
     with pytest.raises(ValueError, match=r"\(5000\) and up_block_types.*one of each per") as caught:

@@ -18,6 +18,7 @@ from sbml.likelihood import discrete
 from sbml.program.config.build import Experiment
 from sbml.program.config.compatibility import of_workdir
 from sbml.program.config.config import of_checkpoint
+from sbml.program.config.fields import errors_of
 from sbml.program.runtime import sharding
 from sbml.program.runtime.checkpoint import Restored
 from sbml.program.runtime.trees import tree_crc32
@@ -124,7 +125,8 @@ def of_run(folder: Workdir, trust: Iterable[str]) -> Density:
     """The density of the newest checkpoint in ``folder``; see :func:`sbml.load`."""
     with registry.only(trust):
         config = of_workdir(of_checkpoint(folder, trust=trust), folder, quiet=True)
-        experiment = Experiment(config)
+        with errors_of(f"the config of the checkpoint in {folder}"):
+            experiment = Experiment(config)
         if "table" in data.source_of(config.data.source)[0].modes:
             return _of_table(experiment, folder)
         trained = Trained.of(experiment, folder)

@@ -45,7 +45,7 @@ from sbml.core.bits import LOG2
 from sbml.core.types import Array
 from sbml.density.density import _walk
 from sbml.density.estimate import Estimate
-from sbml.density.posterior import Importance
+from sbml.density.posterior import Importance, effective_size
 from sbml.likelihood.ode import Solver
 from sbml.samplers import DDIM, ODE, Chain, Midpoint
 from sbml.statistics.intervals import mean_interval
@@ -103,8 +103,7 @@ def table(name: str, density: sbml.Density, n: int, timed: int, unit: float) -> 
             except ValueError as error:  # A step folds space.
                 print(f"| {name} | {label} | {count} | {str(error).partition(':')[0]} | | |")
                 continue
-            weights = np.exp(-found.values - np.max(-found.values))
-            effective = weights.sum() ** 2 / (weights**2).sum() / len(weights)
+            effective = effective_size(-found.values) / len(found.values)
             draw = functools.partial(density.sample_and_log_prob, key, timed, sampler=sampler)
             took = seconds(draw)
             print(

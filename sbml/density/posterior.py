@@ -290,7 +290,7 @@ class Importance:
         weights = np.sort(np.exp(self.log_weights - self.log_weights.max()))
         size, draws = len(weights), np.random.default_rng(0)
         # Weights without a tail are bounded: all are drawn again.
-        m = 0 if math.isnan(self.tail) else math.ceil(min(size / 5, 3 * math.sqrt(size)))
+        m = 0 if math.isnan(self.tail) else intervals.tail_size(size)
         body, tail = weights[: size - m], weights[size - m :]
         found = []
         for _ in range(REPEATS):

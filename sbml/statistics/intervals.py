@@ -159,7 +159,7 @@ def pareto_k(deviations: Real[np.ndarray | jax.Array, "..."]) -> float:
       the largest one below the tail by at most 1e-4 of it, or if a value is not finite.
     """
     magnitudes = np.sort(np.abs(np.asarray(deviations, np.float64)), axis=None)
-    count = math.ceil(min(magnitudes.size / 5, 3 * math.sqrt(magnitudes.size)))
+    count = tail_size(magnitudes.size)
     if not np.all(np.isfinite(magnitudes)):
         return math.nan
     if magnitudes.size >= LEAST_DRAWS and (largest := magnitudes[-1]) > 0:
@@ -169,18 +169,26 @@ def pareto_k(deviations: Real[np.ndarray | jax.Array, "..."]) -> float:
     if count < LEAST_TAIL:
         return math.nan
     tail = magnitudes[-count:] - magnitudes[-count - 1]
-    quartile = tail[int(count / 4 + 0.5) - 1]
-    if not quartile > 1e-4 * magnitudes[-count - 1]:
+    if not _quartile(tail) > 1e-4 * magnitudes[-count - 1]:
         return math.nan
     return generalised_pareto(tail)[0]
+
+
+def tail_size(n: int) -> int:
+    """The number of the largest of ``n`` draws to which a tail is fitted."""
+    return math.ceil(min(n / 5, 3 * math.sqrt(n)))
+
+
+def _quartile(tail: np.ndarray) -> float:
+    return float(tail[int(len(tail) / 4 + 0.5) - 1])
 
 
 def generalised_pareto(tail: np.ndarray) -> tuple[float, float]:
     """Shape and scale of a generalised Pareto distribution, fitted to sorted excesses ``tail (m,)``
     as in :func:`pareto_k`. Its quantiles are scale ((1 - p)^-k - 1) / k."""
-    count, quartile = len(tail), tail[int(len(tail) / 4 + 0.5) - 1]
+    count = len(tail)
     grid = np.arange(1, 31 + int(math.sqrt(count))) - 0.5
-    theta = 1 / tail[-1] + (1 - np.sqrt(len(grid) / grid)) / (3 * quartile)
+    theta = 1 / tail[-1] + (1 - np.sqrt(len(grid) / grid)) / (3 * _quartile(tail))
 
     def shape(theta: np.ndarray) -> np.ndarray:
         return np.mean(np.log1p(-theta[:, None] * tail), axis=1)

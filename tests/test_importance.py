@@ -87,6 +87,11 @@ def test_samples_are_drawn_until_they_suffice() -> None:
     assert len(np.unique(found.x)) == n
     few = d.importance(KEY, 50, target, target_ess=120, max_samples=149)
     assert len(few.x) == 100 and "below target_ess=120: with " in str(few)
+    for options in ({"max_samples": 100}, {"max_samples": 49, "target_ess": 120}):
+        with pytest.raises(
+            ValueError, match="^max_samples=.* n=50: give a target_ess, and at least"
+        ):
+            d.importance(KEY, 50, target, **options)
 
 
 def drawn(rng: np.random.Generator, n: int, proposal: float, target: float) -> np.ndarray:
@@ -124,5 +129,7 @@ def test_the_forecast_of_the_effective_sample_size_holds_for_heavy_tails() -> No
 def test_bounded_weights_and_few_samples() -> None:
     equal = of_weights(np.zeros(200))
     np.testing.assert_allclose(equal.forecast(5000), 5000)
-    with pytest.raises(ValueError, match="^20 samples allow no forecast of n=100"):
+    with pytest.raises(
+        ValueError, match="^20 samples allow no forecast of n=100: take at least 35"
+    ):
         of_weights(np.zeros(20)).forecast(100)

@@ -360,9 +360,11 @@ class Density(Distribution):
           max_samples: None for 100 times ``n``.
           sampler, max_dims: as in :meth:`sample_and_log_prob`. With a sampler, p is its density,
             so there is no solver's error.
+          progress: whether to show a progress bar of these parts of ``n`` samples.
 
         Raises:
-          ValueError: the trace is not exact: the weights would be biased.
+          ValueError: the trace is not exact, so the weights would be biased; or ``max_samples`` is
+            below ``n``, or has no effect.
         """
         self._check_exact()
         transforms.check_spacing(self.transform, self.shape)
@@ -378,7 +380,12 @@ class Density(Distribution):
                 )
             return np.asarray(x), np.asarray(p, float), u
 
-        rounds = 1 if target_ess is None else max((max_samples or 100 * n) // n, 1)
+        if max_samples is not None and (target_ess is None or max_samples < n):
+            raise ValueError(
+                f"max_samples={max_samples} with target_ess={target_ess}, n={n}: give a target_ess, "
+                "and at least n samples"
+            )
+        rounds = 1 if target_ess is None else (max_samples or 100 * n) // n
         parts: list[tuple[np.ndarray, ...]] = []
         for i in over(range(rounds), f"samples, {n} each" if progress else "", "part", rounds):
             parts.append(draw(jax.random.fold_in(key, i) if i else key))

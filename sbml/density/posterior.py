@@ -286,7 +286,8 @@ class Importance:
             are fewer than ``LEAST`` samples.
         """
         if self.heavy_tailed or len(self.x) < LEAST:
-            raise ValueError(f"{len(self.x)} samples allow no forecast of n={n}: {self}")
+            known = str(self) if self.heavy_tailed else f"take at least {LEAST}"
+            raise ValueError(f"{len(self.x)} samples allow no forecast of n={n}: {known}")
         weights = np.sort(np.exp(self.log_weights - self.log_weights.max()))
         size, draws = len(weights), np.random.default_rng(0)
         # Weights without a tail are bounded: all are drawn again.

@@ -216,7 +216,9 @@ class Model(nn.Module):
             pyramid, h = self._join_output(pyramid, self._attend(h), head)
             if level > 0:
                 h = self._resize(h, block, up=True)
-        if self.progressive == "output_skip" and pyramid is not None:
+        assert not skips
+        if self.progressive == "output_skip":
+            assert pyramid is not None
             return pyramid
         return head(h)
 

@@ -9,7 +9,7 @@ integers. The terms for dequantization and for the change of variables are then 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,13 @@ from sbml.likelihood import bound
 from sbml.likelihood.bound import Reduction
 from sbml.score.divergence import Trace
 from sbml.sdes import times
+
+
+class Form(TypedDict, total=False):
+    """The arguments of ``bound.elbo`` that choose the form of its diffusion term."""
+
+    trace: Trace
+    steps: int | bound.Steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +71,29 @@ class Estimator(base.Estimator):
         assert u is not None  # ``points`` gives them.
         sde, eps, bound_key = target.sde, target.eps, stream(key, "bound")
         model = target.dequantizer
-        how: dict[str, Any] = {"eps": eps, "u": u, "reduction": self.reduction, **self.own}
         if dequantizers.has_bound(model):
-            terms = model.bound(params, score, sde, data, bound_key, target.levels, **how)
+            terms = model.bound(
+                params,
+                score,
+                sde,
+                data,
+                bound_key,
+                target.levels,
+                eps=eps,
+                u=u,
+                reduction=self.reduction,
+                **self.own,
+            )
             return {**terms._asdict(), "dequantization": jnp.zeros(())}, u.size + model.calls
         x, log_q = target.sample(params, data, stream(key, "dequantization"))
-        terms = bound.elbo(score, sde, x, bound_key, **how)
+        terms = bound.elbo(
+            score, sde, x, bound_key, eps=eps, u=u, reduction=self.reduction, **self.own
+        )
         return {**terms._asdict(), "dequantization": log_q}, u.size + 1
 
     @property
-    def own(self) -> dict[str, Any]:
-        """The arguments of ``bound.elbo`` that choose the form of its diffusion term."""
+    def own(self) -> Form:
+        """The form of the bound of this class."""
         return {}
 
     def scale_nats(self, target: Target, shape: tuple[int, ...]) -> float:
@@ -107,7 +126,7 @@ class ScoreMatching(Estimator):
     trace: Trace = Trace()
 
     @property
-    def own(self) -> dict[str, Any]:
+    def own(self) -> Form:
         return {"trace": self.trace}
 
     @classmethod
@@ -128,5 +147,5 @@ class InSteps(Estimator):
     steps: int | bound.Steps = 1000
 
     @property
-    def own(self) -> dict[str, Any]:
+    def own(self) -> Form:
         return {"steps": self.steps}

@@ -74,8 +74,9 @@ Difference = tuple[str, object, object]
 
 
 def _differences(config: Config, metadata: Metadata, *names: str) -> list[Difference]:
-    """The fields, of those and of the sections called ``names``, whose values differ between
-    ``config`` and a checkpoint.
+    """The fields whose values differ between ``config`` and a checkpoint.
+
+    Only the fields and sections with one of ``names`` are compared.
 
     A field that only one of the two configs has comes from another version of the package and is
     ignored, as are the fields in ``FREE``.
@@ -226,7 +227,8 @@ def earlier_data(metadata: Metadata, examples: data.Examples) -> list[Json | Non
 
 
 def other_data(metadata: Metadata, examples: data.Examples) -> list[str]:
-    """Warnings if a checkpoint was trained, at first or to its end, on other data than these."""
+    """Warnings if a checkpoint was trained on other data than ``examples``, even if its training
+    then continued on ``examples``."""
     warnings = []
     earlier = metadata.get("earlier_data", [])
     for i, stored in enumerate([*earlier, metadata["data"]]):
@@ -241,6 +243,7 @@ def other_data(metadata: Metadata, examples: data.Examples) -> list[str]:
                 for k, v in present.items()
                 if stored.get(k) != v
             ]
-            what = f"{' first' * (i < len(earlier))} trained on other data than this"
-            warnings.append(f"the model was{what}: {'; '.join(changed)}")
+            first = " first" if i < len(earlier) else ""
+            found = "; ".join(changed)
+            warnings.append(f"the model was{first} trained on other data than this: {found}")
     return warnings

@@ -208,7 +208,10 @@ def test_a_damaged_line_of_metrics_is_left_out_alone(tmp_path, caplog):
         log.row(step)
     log.close()
     lines = path.read_text().splitlines(keepends=True)
-    assert metrics.read(tmp_path)[2].items() >= {"step": 3, "loss": 1 / 3}.items()
+    third = metrics.read(tmp_path)[2]
+    assert set(third) == {"step", "loss", "grad_norm", "images_per_s", "seconds"}
+    assert (third["step"], third["loss"], third["grad_norm"]) == (3, 1 / 3, 0.0)
+    assert third["seconds"] > metrics.read(tmp_path)[1]["seconds"] > 0
     lines[1] = lines[1].replace('"loss": 0.5', '"loss": 0.7')
     # The last line is incomplete, as after a kill.
     path.write_text("".join(lines) + '{"step": 6, "lo')

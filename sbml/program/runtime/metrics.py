@@ -79,9 +79,10 @@ class Log:
         # The file is rewritten below, so its damaged lines are saved for people.
         aside = {f"{FILE}.damaged": [f"{line}\n" for line in damaged]}
         aside[EARLIER] = [] if start else [*map(json_line, rows)]
-        for path, lines in ((self._folder / name, lines) for name, lines in aside.items()):
-            before = path.read_text() if path.exists() else ""
+        for name, lines in aside.items():
             if lines:
+                path = self._folder / name
+                before = path.read_text() if path.exists() else ""
                 write_whole(path, (before + "".join(lines)).encode())
         self._rewrite()
         for path in (self._folder / "samples").glob("step_*.png"):

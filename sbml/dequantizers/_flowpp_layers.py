@@ -42,8 +42,7 @@ NARROW = 0.1
 
 
 class Design(NamedTuple):
-    """The layers of a flow, and how the networks in it are built; the defaults are
-    those for CIFAR-10.
+    """The layers of a flow, and how the networks in it are built; defaults are for CIFAR-10.
 
     ``context`` is the name of the context network in the parameters. It has ``context_blocks``
     gated convolutions, each followed by attention with ``context_heads`` heads, or by none if

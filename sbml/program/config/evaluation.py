@@ -93,10 +93,9 @@ class Bound(Times):
         """Check that a learned density of times has a proposal in log-SNR."""
         if self.proposal_bins and not self.importance_sampling:
             raise ValueError(
-                f"eval.bound.importance_sampling=False with eval.bound.proposal_bins="
-                f"{self.proposal_bins}: "
-                "the density of the times can only be estimated over log-SNR; set "
-                "--config.eval.bound.proposal_bins=0"
+                "eval.bound.importance_sampling=False with eval.bound.proposal_bins="
+                f"{self.proposal_bins}: the density of the times can only be estimated over "
+                "log-SNR; set --config.eval.bound.proposal_bins=0"
             )
 
 

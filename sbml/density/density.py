@@ -382,8 +382,8 @@ class Density(Distribution):
 
         if max_samples is not None and (target_ess is None or max_samples < n):
             raise ValueError(
-                f"max_samples={max_samples} with target_ess={target_ess}, n={n}: give a target_ess, "
-                "and at least n samples"
+                f"max_samples={max_samples} with target_ess={target_ess}, n={n}: give a "
+                "target_ess, and at least n samples"
             )
         rounds = 1 if target_ess is None else (max_samples or 100 * n) // n
         parts: list[tuple[np.ndarray, ...]] = []

@@ -522,7 +522,10 @@ def _text(by_seed: Iterable[np.ndarray], sign: str = "") -> str:
 
 
 def draw(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """Plot bits/dim against the number of steps for digits, VP and DDPM++."""
+    """Plot bits/dim against the number of steps for digits, VP and DDPM++.
+
+    A bar is half of the range of the seeds.
+    """
     figure, both = figures.axes(2, width=3.6)
     for axis, measure, title in zip(both, ("ode", "bound"), ("ODE", "bound"), strict=True):
         for i, training in enumerate(TRAININGS):
@@ -538,7 +541,11 @@ def draw(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
                 steps, mean, spread = zip(*line, strict=True)
                 axis.errorbar(steps, mean, spread, marker="o", ms=3, color=colour, label=training)
         axis.set(xscale="log", xlabel="steps", title=title, ylabel="bits/dim")
-    both[1].legend(fontsize=7)
+        budgets = sorted({row["steps"] for row in found if row["data"] == "digits"})
+        axis.set_xticks(budgets, [f"{steps:,}" for steps in budgets])
+        axis.minorticks_off()
+    lines = both[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
     figures.save(figure, path)
 
 

@@ -192,7 +192,7 @@ def test_the_integral_of_the_loss_is_closed_form(sde: SDE) -> None:
     loss = jax.jit(jax.vmap(lambda t: {w: expected_loss(data.score, data, t, w) for w in expected}))
     for name, proposal in times.PROPOSALS.items():
         # With uniform times, the integrand has a peak near eps, so the quadrature substitutes
-        # u = v^8. With velocity's times it has one near T, which is at u = 0 too.
+        # u = v^8.
         v, power = 0.5 * (nodes + 1), 1 if name == "importance" else 8
         t, weight = map(np.asarray, jax.jit(proposal(sde, EPS).at)(v**power))
         for weighting, values in loss(t).items():

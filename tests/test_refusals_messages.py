@@ -381,7 +381,7 @@ SCORES: Rows = [
     (lambda: elbo(jnp.zeros(3, jnp.uint8)), "^x is uint8"),
     (
         lambda: elbo(reduction=bound.Reduction(proposal="lattice")),
-        "proposal is 'lattice':.* give a text among 'uniform', 'importance', 'velocity'",
+        "proposal is 'lattice':.* give a text among 'uniform', 'importance'",
     ),
     # This shape would broadcast against n draws without an error, and give far too low a bound.
     (lambda: elbo(u=jnp.full((4, 1), 0.5)), "^u is"),

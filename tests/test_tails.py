@@ -21,7 +21,7 @@ from sbml.statistics import intervals
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-SDE, EPS, D, N, SWEEPS, REPETITIONS = VP(), 1e-3, 3, 32, 8, 40
+SDE, EPS, D, N, SWEEPS, REPETITIONS = VP(), 1e-7, 3, 32, 8, 40
 DATA = oracle.mixture(SDE, D)
 PART = oracle.gaussian(SDE, D, 1, 0.2)
 X = np.asarray(PART.mean + 0.2 * np.random.default_rng(0).normal(size=(N, D)))
@@ -68,17 +68,17 @@ def test_intervals_that_miss_the_mean_are_marked_and_others_are_not():
 
     assert covered(good) > 0.85 and not any(e.heavy_tailed for e in good)
     assert not any("HEAVY" in str(e) for e in good)
-    bad = evaluations(Reduction(control, proposal="velocity"))
+    bad = evaluations(Reduction(control, proposal="uniform"))
     assert covered(bad) < 0.75 and all(e.heavy_tailed for e in bad)
     assert "HEAVY TAILS: Pareto's k of the draws or of the weights of their times is 0.9" in str(
         bad[0]
     )
 
 
-@pytest.mark.parametrize("kind", ["importance", "velocity", "uniform"])
+@pytest.mark.parametrize("kind", ["importance", "uniform"])
 def test_the_tail_of_the_weights_of_a_proposal(kind):
-    """Over log-SNR, all weights of ``importance`` are equal. Those of the others exceed w with a
-    probability of about 1 / w, up to the largest weight, which is at an end of the times."""
+    """Over log-SNR, all weights of ``importance`` are equal. Those of ``uniform`` exceed w
+    with a probability of about 1 / w, up to the largest weight, which is at an end of the times."""
     k = Reduction(proposal=kind).tail(SDE, 1e-5)
     assert np.isnan(k) if kind == "importance" else 0.75 < k < 1.05
 

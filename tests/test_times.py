@@ -18,7 +18,6 @@ from sbml.sdes.times import (
     PROPOSALS,
     Importance,
     Proposal,
-    Velocity,
     iid,
     lattice,
 )
@@ -43,11 +42,9 @@ def _integrand(t: Array) -> Array:
     return 1 + t * np.cos(5 * t)
 
 
-def _towards_last(proposal: Proposal, s: Array) -> tuple[Array, Array]:
-    """u(s) on [0, 1] and |du/ds|. The points are dense near the u of the time T, where the times of
-    ``Velocity`` change fast: evenly spaced s are even in the logarithm of the distance from it."""
-    u, du = np.expm1(-16 * s) / np.expm1(-16.0), 16 * np.exp(-16 * s) / -np.expm1(-16.0)
-    return (1 - u if isinstance(proposal, Velocity) else u), du
+def _towards_last(s: Array) -> tuple[Array, Array]:
+    """u(s) on [0, 1] and du/ds, dense near u = 1, the time T."""
+    return np.expm1(-16 * s) / np.expm1(-16.0), 16 * np.exp(-16 * s) / -np.expm1(-16.0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -77,7 +74,7 @@ def _integral(sde: SDE, f: Callable[[Array], Array], end: float, start: float = 
 
 @pytest.mark.oracle
 def test_weighted_times_integrate_over_t(proposal: Proposal) -> None:
-    u, du = _towards_last(proposal, 0.5 * (NODES + 1))
+    u, du = _towards_last(0.5 * (NODES + 1))
     t, weight = map(np.asarray, jax.jit(proposal.at)(u))
     estimate = np.sum(0.5 * WEIGHTS * du * weight * _integrand(t))
     expected = _integral(proposal.sde, _integrand, proposal.sde.largest_time)
@@ -100,7 +97,7 @@ def _points(draw: str, n: int, draws: int) -> Array:
 def test_weights_over_log_snr(proposal: Proposal, density: tuple[float, ...] | None) -> None:
     """The integral over lambda is that of (g / sigma)^2 dt, for every proposal and density."""
     s = (np.arange(400_000) + 0.5) / 400_000  # s^3 is dense near 0, where uniform t has a peak.
-    u, du = _towards_last(proposal, s**3)
+    u, du = _towards_last(s**3)
     bins = None if density is None else jnp.asarray(density)
     t, weight = map(np.asarray, proposal.over_log_snr(jnp.asarray(u), bins))
     sde = proposal.sde
@@ -137,53 +134,9 @@ def test_importance_density_is_proportional_to_the_weighting(sde: SDE) -> None:
         np.testing.assert_allclose(weight * density, 1, rtol=1e-12)
 
 
-@pytest.mark.oracle
-def test_velocity_times_follow_i_dodes_formula(sde: SDE) -> None:
-    """With gamma = -lambda and w = 1 - u, 1 + e^-gamma = e^(-Z w) (1 + e^-gamma_0).
-
-    The density is alpha^2 / (alpha^2 + sigma^2) times the rate of log-SNR, divided by Z."""
-    velocity = Velocity(sde, EPS)
-
-    @jax.jit
-    def values(u: Array) -> tuple[Array, ...]:
-        """Of the two ends of the times, and of the times of ``u``."""
-        t, weight = velocity.at(u)
-        t = jnp.concatenate([jnp.asarray([EPS, sde.largest_time]), t])
-        return sde.mean_coef(t), sde.std(t), sde.rate(t), weight, velocity.normaliser
-
-    u = np.array([1.0, 0.9, 0.63, 0.1, 2.0**-20, 0.0])
-    alpha, sigma, rate, weight, normaliser = (np.asarray(v, np.longdouble) for v in values(u))
-    # In extended precision: near T the logarithm is small, and must have a small relative error.
-    first, last, *logs = np.log1p((alpha / sigma) ** 2)
-    np.testing.assert_allclose(float(normaliser), float(first - last), rtol=1e-11)
-    expected = last + (first - last) * u
-    np.testing.assert_allclose(np.asarray(logs, float), expected.astype(float), rtol=1e-9)
-    density = alpha**2 / (alpha**2 + sigma**2) * rate / (first - last)
-    np.testing.assert_allclose((weight * density[2:]).astype(float), 1, rtol=1e-9)
-
-
-@pytest.mark.oracle
-@pytest.mark.parametrize("name", ["vp", "cosine_vp", "linear_gamma"])
-def test_weights_of_the_velocitys_error_are_equal(name: str) -> None:
-    """For alpha^2 + sigma^2 = 1, dz = alpha dF, and weight 1/2 g^2/sigma^2 |dz|^2 = Z/2 |dF|^2."""
-    velocity = Velocity(SDES[name](), EPS)
-
-    @jax.jit
-    def values(u: Array) -> tuple[Array, ...]:
-        t, weight = velocity.at(u)
-        of_noise = 0.5 * weight * velocity.sde.rate(t)
-        return of_noise, of_noise * velocity.sde.mean_coef(t) ** 2, velocity.normaliser / 2
-
-    of_noise, of_velocity, expected = values(np.linspace(0, 1, 50))
-    np.testing.assert_allclose(of_velocity, expected, rtol=1e-9)
-    assert np.ptp(of_noise) > 10
-
-
 def test_times_stay_in_the_interval(proposal: Proposal) -> None:
     u = np.array([0.0, 1e-7, 0.5, 1 - 2.0**-24, 1 - 2.0**-53])
     t, weight = map(np.asarray, jax.jit(proposal.at)(u))
-    if isinstance(proposal, Velocity):  # its times decrease
-        t = t[::-1]
     np.testing.assert_allclose(t[0], EPS, rtol=1e-10)
     last = proposal.sde.largest_time
     np.testing.assert_allclose(t[-1], last, rtol=1e-10)
@@ -205,44 +158,12 @@ def test_float32_times_have_the_error_of_rounded_points(proposal: Proposal) -> N
     # The weights near t = 1 are Z (1 - t) with Z at most 37, and 1 - t has an error of 2^-24.
     rtol, unit = (1e-5, 0.0) if last == 1 else (3e-5, 37 * 2.0**-24)
     np.testing.assert_allclose(t32, t, rtol=rtol, atol=1e-7)
-    # The weights of Velocity are proportional to 1 / alpha^2, where 1 - t = 1e-3 has that error.
-    if isinstance(proposal, Velocity) and last != 1:
-        rtol = 1.2e-4
     np.testing.assert_allclose(weight32, weight, rtol=rtol, atol=1e-7 + unit)
-
-
-@functools.cache
-def _float32_points() -> tuple[Array, Array]:
-    """A lattice of 2^22 points, and the least 256 points of 4,000 such lattices."""
-
-    def one(key: Array) -> Array:
-        return lattice(key, 1, 2**22)[0]
-
-    keys = jax.random.split(jax.random.key(1), 4000)
-    return jax.jit(one)(jax.random.key(0)), jax.jit(jax.vmap(lambda key: one(key)[:256]))(keys)
-
-
-@pytest.mark.oracle
-@pytest.mark.parametrize(
-    "name", ["rectified_flow", pytest.param("cosine_vp", marks=pytest.mark.slow), "vp"]
-)
-def test_the_mean_weight_of_velocity_times_is_right_in_float32(name: str) -> None:
-    """E_u[weight over lambda] is the length of the range of lambda. The weights of the times near T
-    are up to 1e6 times the others, so they are averaged over 4,000 shifts of the lattice."""
-    sde = SDES[name]()
-    # The log-SNR is computed in float64, so it does not depend on the float32 code.
-    first, last = (float(sde.log_snr(jnp.asarray(t))) for t in (1e-3, sde.largest_time))
-    with jax.enable_x64(False):
-        over_log_snr = jax.jit(Velocity(sde, 1e-3).over_log_snr)
-        points, shifts = _float32_points()
-        rest, peak = (np.asarray(over_log_snr(u)[1], np.float64) for u in (points, shifts))
-        rest[: peak.shape[1]] = peak.mean(axis=0)
-    np.testing.assert_allclose(rest.mean(), first - last, rtol=1e-3)
 
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_float32_points_near_zero_are_finer_than_the_random_bits_of_one_number(draw: str) -> None:
-    """JAX's uniform numbers in float32 are multiples of 2^-23, too coarse for ``Velocity``."""
+    """JAX's uniform numbers in float32 are multiples of 2^-23; these points are finer."""
     with jax.enable_x64(False):
         keys = jax.random.split(jax.random.key(0), 6000)
         u = np.asarray(jax.jit(jax.vmap(lambda key: DRAWS[draw](key, 1)[0, 0]))(keys))

@@ -242,15 +242,10 @@ class Importance(Proposal):
 
     @property
     def normaliser(self) -> Scalar:
-        """Z = f(eps) - f(T), where f is the function of t in which the times are uniform."""
-        first, last = self._ends()
-        return first - last
-
-    def _ends(self) -> tuple[Scalar, Scalar]:
-        """f(eps) and f(T), where f is lambda."""
+        """Z = lambda(eps) - lambda(T)."""
         ends = jnp.asarray([self.eps, self.sde.largest_time], float)
         first, last = jax.vmap(self.sde.log_snr)(ends)
-        return first, last
+        return first - last
 
     @checked
     def at(self, u: Points) -> tuple[Elementwise, Elementwise]:
@@ -259,38 +254,6 @@ class Importance(Proposal):
         # The inverse may leave the interval by a rounding error.
         t = jnp.clip(t, self.eps, self.sde.largest_time)
         return t, self.normaliser / self.sde.rate(t)
-
-
-class Velocity(Importance):
-    """Density proportional to sigmoid(lambda) over lambda = log SNR; uniform in softplus(lambda):
-
-        p(t) = sigmoid(lambda) g^2 / (Z sigma^2),  Z = softplus(lambda(eps)) - softplus(lambda(T)).
-
-    If alpha^2 + sigma^2 = 1, then alpha^2 = sigmoid(lambda), and an error dF of a prediction of the
-    velocity F = alpha z - sigma x is an error dz of the noise z with |dz|^2 = alpha^2 |dF|^2. So
-    the diffusion term of the bound, the integral of 1/2 |dz|^2 over lambda, is Z / 2 times the mean
-    of |dF|^2 over these times. For any other process, the density over lambda is the same, as if
-    the process were the variance-preserving one with the same signal-to-noise ratio.
-
-    Unlike in the other proposals, u = 0 gives the time T, and u = 1 gives eps. If alpha(T) = 0,
-    softplus(lambda) is 1e-6 at T, and the times with u below 1e-6 contribute a tenth of the mean
-    weight over lambda. Floating-point numbers can tell such points u apart only near 0.
-    """
-
-    def _ends(self) -> tuple[Scalar, Scalar]:
-        """f(eps) and f(T), where f is softplus(lambda)."""
-        first, last = super()._ends()
-        return jax.nn.softplus(first), jax.nn.softplus(last)
-
-    @checked
-    def at(self, u: Points) -> tuple[Elementwise, Elementwise]:
-        first, last = self._ends()
-        # Counted from T: a difference from f(eps) would lose all digits where f is small.
-        s = last + (first - last) * u
-        alpha2 = -jnp.expm1(-s)  # sigmoid(lambda)
-        t = self.sde.time(s + jnp.log(alpha2))
-        t = jnp.clip(t, self.eps, self.sde.largest_time)
-        return t, (first - last) / (alpha2 * self.sde.rate(t))
 
 
 @typed
@@ -310,11 +273,7 @@ class Grid:
         return level / (self.n - 1), jnp.ones_like(u)
 
 
-PROPOSALS: dict[str, type[Proposal]] = {
-    "uniform": Uniform,
-    "importance": Importance,
-    "velocity": Velocity,
-}
+PROPOSALS: dict[str, type[Proposal]] = {"uniform": Uniform, "importance": Importance}
 
 
 @checked

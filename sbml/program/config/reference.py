@@ -1,7 +1,5 @@
-"""All fields of a config, from the lines that define them: for ``--help=eval`` and for the
-documentation.
-
-    python -m sbml.program.config.reference > docs/fields.md
+"""All fields of a config, from the lines that define them: for ``--help=eval`` and for the page
+``docs/fields.md``.
 """
 
 import inspect
@@ -64,7 +62,7 @@ def _origin(section: Section) -> type | None:
 
 def overview() -> list[str]:
     """A line for each section: how its fields are listed, and what it is for."""
-    about = {name: _first_sentence(section) for name, section in sections()}
+    about = {name: first_sentence(section) for name, section in sections()}
     return [
         entry(f"--help={name}", re.split(r"[:;.] |, which explains|[.]$", text)[0])
         for name, text in about.items()
@@ -108,7 +106,7 @@ def text(name: str) -> str:
     for section_name, section in known.items():
         if name != "config" and not f"{section_name}.".startswith(f"{name}."):
             continue
-        lines.append(f"\n{filled(f'{section_name}: {_first_sentence(section)}', 0)}\n")
+        lines.append(f"\n{filled(f'{section_name}: {first_sentence(section)}', 0)}\n")
         for row in rows(section):
             lines.append(f"  --config.{row.name}={row.default}")
             wanted = f"{row.meaning} ({row.needs})" if row.needs else row.meaning
@@ -120,31 +118,5 @@ def text(name: str) -> str:
     return "\n".join(lines)
 
 
-def _first_sentence(section: Section) -> str:
+def first_sentence(section: Section) -> str:
     return " ".join((inspect.getdoc(type(section)) or "").partition("\n\n")[0].split())
-
-
-INTRODUCTION = """# Fields of a config
-
-A config file sets these fields, and `--config.FIELD=VALUE` sets them on the command line.
-`--help=SECTION` shows the fields of one section in a terminal. The fields of the network, the SDE
-and the dequantizer are explained by their classes ({py:mod}`sbml.networks`, {py:mod}`sbml.sdes`,
-{py:mod}`sbml.dequantizers`), whose text `--help=SECTION` also shows.
-"""
-
-
-def markdown() -> str:
-    """A page with a list of fields for each section; the anchor of ``eval.tau`` is ``eval-tau``."""
-    parts = [INTRODUCTION]
-    for name, section in sections():
-        parts.append(f"## {name}\n\n{_first_sentence(section).replace('``', '`')}\n")
-        for row in rows(section):
-            anchor = row.name.replace(".", "-").replace("_", "-")
-            default = f"default `{row.default}`" if row.default else "empty by default"
-            about = ", ".join(filter(None, [f"`{row.name}`{{#{anchor}}}", default, row.needs]))
-            parts.append(f"{about}\n: {row.meaning.replace('``', '`')}\n")
-    return "\n".join(parts)
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")

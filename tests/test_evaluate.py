@@ -405,7 +405,7 @@ def test_table2_reads_what_the_modes_wrote(trained, tmp_path):
     (tmp_path / NEIGHBOURS).write_bytes((trained / "samples.png").read_bytes())
     for crc32, expected in ((tree_crc32(images), "12.50 (FID n=4)"), (1, None)):
         quality = {"step": 40, "images_crc32": crc32, "values": {"FID n=4": 12.5}}
-        write_json(tmp_path / QUALITY, quality)
+        Workdir(tmp_path).write(QUALITY, quality)
         summary.write(Workdir(tmp_path), build.Experiment(tiny.get_config()).images)
         row = table2.read(tmp_path)
         assert row.get(table2.FID) == expected

@@ -115,28 +115,6 @@ def test_a_file_that_unpacks_to_more_than_its_size_is_not_unpacked(tmp_path, mon
         files.read_npz(path)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("images", np.zeros((2, 64), np.uint8)),
-        ("images", np.zeros((2, 8, 8, 1), "V0")),
-        ("nfe", np.asarray(["a", "b"])),
-        ("failed", np.zeros(0, bool)),
-        ("step", np.asarray([1, 2])),
-    ],
-)
-def test_arrays_of_samples_have_their_types_and_axes(tmp_path, name, value):
-    columns = {"images": np.zeros((2, 8, 8, 1), np.uint8), "nfe": np.ones(2, int)}
-    columns |= {"failed": np.zeros(2, bool), "step": np.asarray(1), "sampler": np.asarray("ode")}
-    Workdir(tmp_path).write(SAMPLES, columns)
-    Workdir(tmp_path).read(SAMPLES)
-    Workdir(tmp_path).write(SAMPLES, columns | {name: value})
-    with pytest.raises(
-        DamagedFileError, match=rf"samples\.npz is damaged \({name}: .*sbml writes no array"
-    ):
-        Workdir(tmp_path).read(SAMPLES)
-
-
 def test_damaged_json_is_an_error_or_the_same_values(tmp_path):
     """If only a space or an escape sequence changes, the values can stay the same."""
     path = tmp_path / "x.json"
@@ -195,6 +173,10 @@ def test_the_work_directory_says_which_mode_makes_a_file(tmp_path, monkeypatch):
         workdir.read(EVALUATION)
     workdir.write(TABLE, VALUES)
     assert workdir.read(TABLE) == VALUES and workdir.name == tmp_path.name
+    files.write_json(tmp_path / TABLE, VALUES | {"format": 2})
+    text = "has the format 2, and this version .* reads the format 1: remove it, .*--mode=table"
+    with pytest.raises(ValueError, match=text):
+        workdir.read(TABLE)
     monkeypatch.chdir(tmp_path)
     assert Workdir(".").name == Workdir("./").name == tmp_path.name
     assert Workdir("gs://bucket/run").name == "run"

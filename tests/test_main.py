@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -533,6 +534,18 @@ def test_outside_the_main_thread_no_signal_is_handled() -> None:
 
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(asked).result() is False
+
+
+def test_a_signal_ends_the_process_at_once_where_nothing_is_to_be_saved() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Preemption() as preemption:
+        handler = signal.getsignal(signal.SIGTERM)
+        with preemption.suspended("done"):
+            assert signal.getsignal(signal.SIGTERM) == before != handler
+        assert signal.getsignal(signal.SIGTERM) == handler
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(SystemExit), preemption.suspended("done"):
+            pass
 
 
 def error_of(function: Callable[[], object]) -> BaseException:

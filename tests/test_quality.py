@@ -10,7 +10,7 @@ import tiny
 from ml_collections import ConfigDict
 
 from sbml import data
-from sbml.core.files import read_json, write_json, write_npz
+from sbml.core.files import read_json, write_npz
 from sbml.program.features import digits_classifier
 from sbml.program.modes import quality, stats
 from sbml.program.modes.quality import memorisation
@@ -192,7 +192,7 @@ def test_the_report_shows_the_quality_of_its_own_samples(
     evaluation = {"title": "w", "results": [runs.result(np.ones(2))], "checkpoint": CHECKPOINT}
     evaluation |= {"data": {"test": real.fingerprint}, "warnings": [], **MODEL}
     evaluation |= {"command": "eval"}
-    write_json(workdir / EVALUATION, evaluation)
+    Workdir(workdir).write(EVALUATION, evaluation)
     columns = {"id": np.arange(2), "bits_per_dim": np.ones(2), "nfe": np.ones(2)}
     write_npz(workdir / PER_IMAGE, columns)
     numbers = values(config, workdir)
@@ -216,7 +216,7 @@ def test_a_report_is_never_shown_with_the_images_of_another_split(
     results = [runs.result(np.ones(1), split="train")]
     evaluation = {"title": "w", "results": results, "checkpoint": CHECKPOINT}
     evaluation |= {"data": {"train": sets["train"].fingerprint}, "warnings": [], **MODEL}
-    write_json(tmp_path / EVALUATION, evaluation)
+    Workdir(tmp_path).write(EVALUATION, evaluation)
     columns = {"id": np.array([1400]), "bits_per_dim": np.ones(1), "nfe": np.ones(1)}
     write_npz(tmp_path / PER_IMAGE, columns)
     summary.write(Workdir(tmp_path), lambda split: sets["test"])

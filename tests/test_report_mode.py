@@ -18,7 +18,7 @@ import runs
 import tiny
 
 from sbml import data
-from sbml.core.files import DamagedFileError, json_line
+from sbml.core.files import json_line
 from sbml.program.modes import report
 from sbml.program.report import summary
 from sbml.program.report.pictures import write_png
@@ -226,46 +226,6 @@ def test_costs_are_those_of_the_training_that_made_the_checkpoint(tmp_path: Path
         },
     }
     assert "new; new, modified" in text
-
-
-OTHER_FORMS: dict[str, list[object]] = {
-    "config": [{"a": 1}, {"data": 3}, {"training": {}}],
-    "checkpoint": [{}, {"step": "2", "parameters_crc32": 7}],
-    "title": [{"a": 1}],
-    "command": [4],
-    "tables": [5, {PER_IMAGE: "7"}],
-    "versions": [[1], {}],
-    "model": [3, {}],
-    "classes": [[3]],
-    "baselines": [3, [{"a": 1}]],
-    "baselines_left_out": [3],
-    "data": [[1], {"test": {}}],
-    "classifier": [3, {"a": "b"}],
-    "noise_levels": [{}],
-    "warnings": [[1]],
-    "results": [[], [3]],
-}
-
-
-@pytest.mark.parametrize(("key", "value"), [(k, v) for k in OTHER_FORMS for v in OTHER_FORMS[k]])
-def test_an_evaluation_of_another_form_is_refused(key: str, value: object, tmp_path: Path) -> None:
-    evaluated(tmp_path, {"step": 2, "parameters_crc32": 7})
-    stored = Workdir(tmp_path).read(EVALUATION)
-    Workdir(tmp_path).write(EVALUATION, {**stored, key: value})
-    with pytest.raises(
-        DamagedFileError, match=rf"evaluation.json is damaged \({key}\b.*--mode=eval"
-    ):
-        Workdir(tmp_path).read(EVALUATION)
-
-
-def test_an_evaluation_without_a_field_is_refused(tmp_path: Path) -> None:
-    log(tmp_path, 2)
-    evaluated(tmp_path, {"step": 2, "parameters_crc32": 7})
-    stored = Workdir(tmp_path).read(EVALUATION)
-    del stored["results"][0]["split"]
-    Workdir(tmp_path).write(EVALUATION, stored)
-    with pytest.raises(ValueError, match=r"\(results.0.split: Field required\).*--mode=eval"):
-        summary.write(Workdir(tmp_path), lambda split: data.load("digits", split, data.Options()))
 
 
 def test_without_a_process_the_training_has_stopped_or_is_complete(

@@ -237,9 +237,13 @@ def test_the_frames_of_a_strip_have_the_datas_range() -> None:
 
 
 @pytest.mark.slow
-def test_a_strip_goes_with_its_samples(trained: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_strip_goes_with_its_samples(
+    trained: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Samples without a strip remove the strip of earlier samples; times before those of training
-    give a warning."""
+    give a warning. A signal is not held back while the gap is computed."""
+    handlers: list[object] = []
+    monkeypatch.setattr(sample, "gap", lambda *_: handlers.append(signal.getsignal(signal.SIGTERM)))
     (trained / "samples_strip.png").touch()
     config = tiny.get_config()
     config.sampling.update(num_images=2, batch_size=2, frames=1, smallest_time=1e-9)
@@ -247,6 +251,7 @@ def test_a_strip_goes_with_its_samples(trained: Path, caplog: pytest.LogCaptureF
     runs.mode(sample.run, config, trained)
     assert not (trained / "samples_strip.png").exists() and (trained / "samples.png").exists()
     assert "--config.sampling.smallest_time=" in caplog.text
+    assert handlers == [signal.getsignal(signal.SIGTERM)]
 
 
 @pytest.mark.slow

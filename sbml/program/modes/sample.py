@@ -80,8 +80,9 @@ def run(trained: Trained, preemption: Preemption) -> Workdir:
         f"{len(drawn.images)} samples by {config.sampler.name}, {drawn.nfe.mean():.0f} evaluations "
         f"each: {workdir / 'samples.png'}"
     )
-    if line := gap(trained, config.build()):
-        print(line)
+    with preemption.suspended("the samples are written"):
+        if line := gap(trained, config.build()):
+            print(line)
     return workdir
 
 

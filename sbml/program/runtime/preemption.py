@@ -1,8 +1,9 @@
 """SIGTERM and Ctrl-C as requests to save and stop. SIGTERM stops all processes at the same step."""
 
+import contextlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import jax
@@ -41,6 +42,15 @@ class Preemption:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def suspended(self, done: str) -> Iterator[None]:
+        """A context with nothing to save, in which a signal ends the process at once. ``done`` is
+        as for :meth:`leave_if_requested`, which comes first."""
+        self.leave_if_requested(done)
+        self.__exit__()
+        yield
+        self.__enter__()
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self._received == signal.SIGINT == signum:

@@ -17,16 +17,12 @@ import os
 import socket
 from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager
-from typing import Annotated, Any, Literal, Self
+from typing import Self
 
 import jax
-import numpy as np
-import pydantic
-from annotated_types import MinLen
 from etils import epath
 
 from sbml.core.files import (
-    DamagedFileError,
     read_json,
     read_npz,
     read_png,
@@ -40,6 +36,7 @@ from sbml.core.scalars import escaped
 from sbml.core.types import Json
 from sbml.program.runtime import lock, refusals
 
+FORMAT = 1  # of the .json files that one mode writes for another
 ARCHITECTURE = "architecture.json"
 CODEC = "codec.json"
 EVALUATION = "evaluation.json"
@@ -72,94 +69,6 @@ MADE_BY = {
     SAMPLES: "sample",
     TABLE: "table",
     WHITENING: "table",
-}
-
-
-def _form(holds: Mapping[str, Any]) -> type[pydantic.BaseModel]:
-    """The form of a JSON object that has the keys of ``holds``, and may have more. A key with "?"
-    may be missing."""
-    members: dict[str, Any] = {
-        key.rstrip("?"): (kind, None if key.endswith("?") else ...) for key, kind in holds.items()
-    }
-    return pydantic.create_model("Form", __config__={"strict": True}, **members)
-
-
-def _array(kinds: str, ndim: int) -> Any:
-    """An array with entries and ``ndim`` axes, whose type is of one of NumPy's ``kinds``."""
-
-    def fits(found: np.ndarray) -> np.ndarray:
-        if found.dtype.kind not in kinds or found.ndim != ndim or not found.size:
-            raise ValueError(f"sbml writes no array {found.dtype}{found.shape} there")
-        return found
-
-    return Annotated[Any, pydantic.AfterValidator(fits)]
-
-
-Number: Any = float | Literal["NaN", "Infinity", "-Infinity"]  # ``core.files.strict``
-_Curve: Any = list[Number]
-_Baseline: Any = _form({"name": str, "bits_per_dim": Number, "ci95?": Number, "interval?": _Curve})
-_Interval: Any = _form(
-    dict.fromkeys(("mean", "stderr", "ci95"), Number) | dict.fromkeys(("n", "nonfinite"), int)
-)
-_Result: Any = _form(
-    dict.fromkeys(("estimator", "dequantizer", "data", "split"), str)
-    | dict.fromkeys(("num_importance", "n", "nonfinite", "nfe_max"), int)
-    | dict.fromkeys(("bits_per_dim", "stderr", "ci95", "this_set_ci95"), Number)
-    | dict.fromkeys(("smallest_time", "nfe_mean", "min", "max"), Number)
-    | {"interval": _Curve, "terms": dict[str, Number], "outliers": list[list[Number]]}
-    | {"converged?": bool, "unconverged?": str}
-    | dict.fromkeys(("tail?", "prior_error?", "prior_error_each?"), Number)
-)
-_Data: Any = _form(
-    {"shape": list[int], **dict.fromkeys(("name", "split", "id"), str)}
-    | dict.fromkeys(("count", "levels"), int)
-)
-# What other modes and the reports use of a file.
-FORMS: dict[str, Any] = {
-    EVALUATION: _form(
-        {
-            "results": Annotated[list[_Result], MinLen(1)],
-            "warnings": list[str],
-            "checkpoint": _form({"step": int, "parameters_crc32": int}),
-            "data": dict[str, _Data],
-            "config": _form({"training": _form({"batch_size": int})}),
-            "model": _form({"name": str, "parameters": int}),
-            "versions?": _form({"sbml": str, "devices": str}),
-            "noise_levels?": _form(
-                dict.fromkeys(("edges", "split", "train", "split_stderr", "train_stderr"), _Curve)
-                | {"linear?": _Curve, "images": int}
-            ),
-            "baselines?": list[_Baseline],
-            "baselines_left_out?": dict[str, str],
-            "classifier?": dict[str, Number | _Interval],
-            "classes?": list[str],
-            "tables?": dict[str, int],
-            "title?": str,
-            "command?": str,
-        }
-    ),
-    QUALITY: _form(
-        {
-            "values": dict[str, Number],
-            "images_crc32": int,
-            "warnings?": list[str],
-            "neighbours_crc32?": int,
-        }
-    ),
-    CODEC: _form(
-        {
-            **dict.fromkeys(
-                ("count", "bytes", "steps", "lanes", "restored", "parameters_crc32"), int
-            ),
-            **dict.fromkeys(("disk", "net", "initial", "header", "bound", "bound_stderr"), Number),
-            "bound_ci95?": Number,
-            "warnings?": list[str],
-        }
-    ),
-    SAMPLES: _form(
-        {"images": _array("u", 4), "nfe": _array("iuf", 1), "failed": _array("b", 1)}
-        | {"step": _array("iu", 0), "sampler": _array("U", 0)}
-    ),
 }
 
 
@@ -254,12 +163,11 @@ class Workdir(os.PathLike):
         read: Callable[[epath.PathLike, str], Json]
         read = read_npz if name.endswith(".npz") else read_json
         found, remedy = read(self / name, self._remedy(name)), self._remedy(name)
-        try:
-            FORMS.get(name, _form({})).model_validate(found)
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise DamagedFileError(self / name, f"{place}: {first['msg']}", remedy) from None
+        if name.endswith(".json") and (stored := found.pop("format", None)) != FORMAT:
+            raise ValueError(
+                f"{self / name} has the format {stored}, and this version of sbml reads the format "
+                f"{FORMAT}: {remedy}"
+            )
         return found
 
     def read_png(self, name: str) -> bytes:
@@ -282,7 +190,7 @@ class Workdir(os.PathLike):
             if name.endswith(".npz"):
                 write_npz(self / name, content)  # type: ignore[arg-type]
             else:
-                write_json(self / name, strict(content, name))
+                write_json(self / name, strict({"format": FORMAT, **content}, name))
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a picture or page, completely or not at all."""

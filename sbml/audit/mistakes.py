@@ -4,11 +4,10 @@ Each is one of our own estimators with one mistake in it. Its docstring says how
 the number.
 """
 
-import functools
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -32,7 +31,7 @@ from sbml.audit.ours import (
     by_ode,
 )
 from sbml.audit.suite import Estimator, Nats, Schedule
-from sbml.audit.worlds import Denoiser, Images, World
+from sbml.audit.worlds import Denoiser, Images
 from sbml.core.types import Array, Key, PyTree, Scalar, Score
 from sbml.density.estimators import bound, ode
 from sbml.density.estimators.base import Evaluations, OneExample, Target
@@ -44,27 +43,16 @@ Numbers = np.ndarray | Array
 TOO_SMALL = "bound, normalised"
 
 
-@dataclass(frozen=True)
-class Mistake:
-    """An estimator with a mistake, and the checks that must fail; all others must not.
-
-    Attributes:
-      estimator: its name says what is wrong, and the docstring of its function says why.
-      fails: names of ``suite.CHECKS``.
-    """
-
-    estimator: Estimator
-    fails: frozenset[str]
-
-
-MISTAKES: list[Mistake] = []
+# The estimators with a mistake, each with the names of the checks that must fail; all others must
+# not. The name of an estimator says what is wrong, and the docstring of its function says why.
+MISTAKES: dict[Estimator, frozenset[str]] = {}
 
 
 def _mistake(
     name: str, fails: str, data: str = "uniform", within: float = math.inf
 ) -> Callable[[Nats], Nats]:
     def add(nats: Nats) -> Nats:
-        MISTAKES.append(Mistake(Estimator(name, nats, data, within), frozenset(fails.split(", "))))
+        MISTAKES[Estimator(name, nats, data, within)] = frozenset(fails.split(", "))
         return nats
 
     return add
@@ -72,19 +60,14 @@ def _mistake(
 
 def _once(right: Evaluation) -> Callable[[Denoiser, Schedule, Images, int], suite.Numbers]:
     """``right``, whose numbers are computed once: several mistakes change the same ones."""
-    one_at_a_time = threading.Lock()
-
-    @functools.cache
-    def numbers(
-        world: World, schedule: Schedule, shape: tuple[int, ...], k: bytes, seed: int
-    ) -> suite.Numbers:
-        denoiser = world.denoiser(schedule.sde, schedule.data)
-        pixels = np.frombuffer(k, np.uint8).reshape(shape)
-        return right.with_error_bar(denoiser, schedule, pixels, seed)
+    one_at_a_time, known = threading.Lock(), dict[Any, suite.Numbers]()
 
     def nats(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -> suite.Numbers:
+        call = denoiser.world, schedule, pixels.shape, pixels.tobytes(), seed
         with one_at_a_time:
-            return numbers(denoiser.world, schedule, pixels.shape, pixels.tobytes(), seed)
+            if call not in known:
+                known[call] = right.with_error_bar(denoiser, schedule, pixels, seed)
+        return known[call]
 
     return nats
 

@@ -309,10 +309,10 @@ class Density(Distribution):
         name = f"log p of {len(data)} examples" if progress else ""
         for c in over(range(count), name, "condition", count):
             run = self._by_ode(data, target, one(c))
-            found, subset = run.solves(), run.subset
-            assert found.strict is not None
-            again = found.values[subset] if found.again is None else found.again
-            tables.append((-nats * found.values, -nats * found.strict, -nats * again))
+            (_, values, strict, again), subset = run.solves(), run.subset
+            assert strict is not None
+            again = values[subset] if again is None else again
+            tables.append((-nats * values, -nats * strict, -nats * again))
             alike = c == 1 and np.array_equal(tables[0][0], tables[1][0])
             if alike and not all(jax.tree.leaves(jax.tree.map(np.array_equal, one(0), one(1)))):
                 raise ValueError(

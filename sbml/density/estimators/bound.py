@@ -32,9 +32,6 @@ class Estimator(base.Estimator):
 
     Attributes:
       form: the names of the fields that choose the form of the diffusion term in ``bound.elbo``.
-      n_times, draw: the number of times for one example in one sweep, and how their points are
-        drawn, a name in ``times.DRAWS``.
-      reduction: how the variance is reduced.
     """
 
     terms: ClassVar[tuple[str, ...]] = (*bound.Bound._fields, "dequantization", "scale")

@@ -4,35 +4,19 @@ Each is one of our own estimators with one mistake in it. Its docstring says how
 the number.
 """
 
-import functools
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml.audit import suite
-from sbml.audit.ours import (
-    BATCH_WITHOUT_TRACE,
-    BOUND,
-    DECODER,
-    EPS,
-    EXACT,
-    NORMAL,
-    ODE,
-    ONE_PROBE,
-    SOLVER,
-    UNIFORM,
-    WITHIN,
-    Evaluation,
-    by_ode,
-)
+from sbml.audit import ours, suite
 from sbml.audit.suite import Estimator, Nats, Schedule
-from sbml.audit.worlds import Denoiser, Images, World
+from sbml.audit.worlds import Denoiser, Images
 from sbml.core.types import Array, Key, PyTree, Scalar, Score
 from sbml.density.estimators import bound, ode
 from sbml.density.estimators.base import Evaluations, OneExample, Target
@@ -44,53 +28,37 @@ Numbers = np.ndarray | Array
 TOO_SMALL = "bound, normalised"
 
 
-@dataclass(frozen=True)
-class Mistake:
-    """An estimator with a mistake, and the checks that must fail; all others must not.
-
-    Attributes:
-      estimator: its name says what is wrong, and the docstring of its function says why.
-      fails: names of ``suite.CHECKS``.
-    """
-
-    estimator: Estimator
-    fails: frozenset[str]
-
-
-MISTAKES: list[Mistake] = []
+# The estimators with a mistake, each with the names of the checks that must fail; all others must
+# not. The name of an estimator says what is wrong, and the docstring of its function says why.
+MISTAKES: dict[Estimator, frozenset[str]] = {}
 
 
 def _mistake(
     name: str, fails: str, data: str = "uniform", within: float = math.inf
 ) -> Callable[[Nats], Nats]:
     def add(nats: Nats) -> Nats:
-        MISTAKES.append(Mistake(Estimator(name, nats, data, within), frozenset(fails.split(", "))))
+        MISTAKES[Estimator(name, nats, data, within)] = frozenset(fails.split(", "))
         return nats
 
     return add
 
 
-def _once(right: Evaluation) -> Callable[[Denoiser, Schedule, Images, int], suite.Numbers]:
+def _once(right: ours.Evaluation) -> Callable[[Denoiser, Schedule, Images, int], suite.Numbers]:
     """``right``, whose numbers are computed once: several mistakes change the same ones."""
-    one_at_a_time = threading.Lock()
-
-    @functools.cache
-    def numbers(
-        world: World, schedule: Schedule, shape: tuple[int, ...], k: bytes, seed: int
-    ) -> suite.Numbers:
-        denoiser = world.denoiser(schedule.sde, schedule.data)
-        pixels = np.frombuffer(k, np.uint8).reshape(shape)
-        return right.with_error_bar(denoiser, schedule, pixels, seed)
+    one_at_a_time, known = threading.Lock(), dict[Any, suite.Numbers]()
 
     def nats(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -> suite.Numbers:
+        call = denoiser.world, schedule, pixels.shape, pixels.tobytes(), seed
         with one_at_a_time:
-            return numbers(denoiser.world, schedule, pixels.shape, pixels.tobytes(), seed)
+            if call not in known:
+                known[call] = right.with_error_bar(denoiser, schedule, pixels, seed)
+        return known[call]
 
     return nats
 
 
-_bound = _once(BOUND)
-_ode = _once(ODE)
+_bound = _once(ours.BOUND)
+_ode = _once(ours.ODE)
 
 
 def _by_ode(*call: Any) -> np.ndarray:
@@ -105,7 +73,7 @@ def no_entropy(*call: Any) -> Numbers:
     noise itself has piled up around the centres of the bins. Every number is too small by the same
     amount, so that comparisons within one paper look right."""
     without = ("dequantization",)
-    return Evaluation(by_ode(EXACT), NORMAL, without=without)(*call)
+    return ours.Evaluation(ours.by_ode(ours.EXACT), ours.NORMAL, without=without)(*call)
 
 
 @_mistake("log K dropped", TOO_SMALL)
@@ -114,7 +82,7 @@ def no_log_k(*call: Any) -> Numbers:
     the 1/K is smaller by log K nats for every image, and falls with every further draw, which looks
     like the tightening that more draws bring. In bits/dim this is log2(K) / d, for large images as
     small as the gains that are reported: 0.0014 for 20 draws and 3,072 dimensions."""
-    return Evaluation(by_ode(EXACT, 2), UNIFORM)(*call) - math.log(2)
+    return ours.Evaluation(ours.by_ode(ours.EXACT, 2), ours.UNIFORM)(*call) - math.log(2)
 
 
 @_mistake("the logarithm of a mean of noisy traces", TOO_SMALL)
@@ -124,7 +92,7 @@ def noisy_traces(*call: Any) -> Numbers:
     to log p + v / 2. So noise that averages out of a mean of logarithms is counted as likelihood,
     and worse probes give better numbers. The exact trace has no such bias."""
     denoiser, schedule, pixels, seed = call
-    noisy, draws = Evaluation(by_ode(ONE_PROBE), UNIFORM), 4
+    noisy, draws = ours.Evaluation(ours.by_ode(ours.ONE_PROBE), ours.UNIFORM), 4
     seeds = range(draws * seed, draws * (seed + 1))
     nats = np.array([noisy(denoiser, schedule, pixels, each) for each in seeds])
     return math.log(draws) - np.logaddexp.reduce(-nats, axis=0)
@@ -137,7 +105,9 @@ def no_reconstruction(*call: Any) -> Numbers:
     levels that the noise at eps hides, which is nearly 0 only if this noise is far narrower than a
     bin. So the number falls as eps grows. Here half a bin is one standard deviation of the noise at
     eps."""
-    of = replace(BOUND, dequantizer=DECODER, sweeps=1, tau=1.0, without=("reconstruction",))
+    of = replace(
+        ours.BOUND, dequantizer=ours.DECODER, sweeps=1, tau=1.0, without=("reconstruction",)
+    )
     return of(*call)
 
 
@@ -164,7 +134,7 @@ def vanishing_weights(*call: Any) -> Numbers:
     made for good samples give small noise less weight, here by the further factor sigma^2. But
     small noise is where the last levels of the pixels are decided, so most of the nats of an image
     lie there. A loss with such a weight bounds nothing, even if it is called nats."""
-    return Evaluation(_Vanishing(64), DECODER, batch=BATCH_WITHOUT_TRACE)(*call)
+    return ours.Evaluation(_Vanishing(64), ours.DECODER, batch=ours.BATCH_WITHOUT_TRACE)(*call)
 
 
 @_mistake("times drawn evenly", "coverage")
@@ -175,10 +145,10 @@ def uniform_times(*call: Any) -> Numbers:
     both its mean and the spread that gives its error bar are too small, so that half of the
     intervals exclude the truth."""
     evenly = bound.Estimator(16, reduction=Reduction(proposal="uniform"))
-    return Evaluation(evenly, UNIFORM, batch=BATCH_WITHOUT_TRACE)(*call)
+    return ours.Evaluation(evenly, ours.UNIFORM, batch=ours.BATCH_WITHOUT_TRACE)(*call)
 
 
-@_mistake("few steps read as continuous", "tight", "centre", WITHIN)
+@_mistake("few steps read as continuous", "tight", "centre", ours.WITHIN)
 def few_steps(*call: Any) -> Numbers:
     """A chain of N steps weights the error at each step by (SNR_{i-1} / SNR_i - 1) / 2, which
     exceeds the integral over the step. So its bound is valid and looser, by an amount that depends
@@ -186,10 +156,11 @@ def few_steps(*call: Any) -> Numbers:
     cannot be compared. The estimator fails by its claim to be within 0.02 bits/dim of the truth,
     not as a bound."""
     n, sde = 20, call[1].sde
-    eps = discrete.smallest_time(sde, call[1].levels, EPS)
+    eps = discrete.smallest_time(sde, call[1].levels, ours.EPS)
     times = Importance(sde, eps).at(jnp.linspace(0, 1, n + 1))[0]
     steps = Steps((float(eps), *times[1:-1].tolist(), float(sde.largest_time)), (1.0,) * n)
-    return Evaluation(bound.InSteps(64, steps=steps), DECODER, batch=BATCH_WITHOUT_TRACE)(*call)
+    in_steps = bound.InSteps(64, steps=steps)
+    return ours.Evaluation(in_steps, ours.DECODER, batch=ours.BATCH_WITHOUT_TRACE)(*call)
 
 
 @_mistake("outliers trimmed", "complete")
@@ -272,7 +243,7 @@ def fixed_probe(*call: Any) -> Numbers:
     images, and the spread of their numbers contains it. With one probe for all, the part of the
     noise that the images have in common stays in the mean, however many images there are. The
     spread does not show it, so the error bar is too narrow."""
-    return Evaluation(_OneProbe(ONE_PROBE, solver=SOLVER), UNIFORM)(*call)
+    return ours.Evaluation(_OneProbe(ours.ONE_PROBE, solver=ours.SOLVER), ours.UNIFORM)(*call)
 
 
 @_mistake("an error bar that is right only on average", "error bar")

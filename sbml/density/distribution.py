@@ -162,10 +162,7 @@ def _path_log_prob(score: Score, x: Array, solver: Solver, how: How) -> PathLogP
 @typed
 @dataclasses.dataclass(frozen=True, repr=False)
 class Distribution:
-    """What :class:`~sbml.density.density.Density` is as a distribution, which explains the fields.
-
-    It is a pytree, whose leaves are the arrays of the score and of the transform.
-    """
+    """The distribution of a :class:`~sbml.density.density.Density`, which explains the fields."""
 
     score: Callable[..., Any]
     sde: SDE

@@ -26,7 +26,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -85,22 +85,6 @@ class Memory:
 
     def flush(self) -> None:
         """See ``Store``."""
-
-
-class Solves(NamedTuple):
-    """-log p of the examples by an ODE: the columns of their rows, and three solves.
-
-    Attributes:
-      values: the numbers of all examples ``(n,)``.
-      strict: those of the subset ``(m,)`` by the ``estimate.reference`` solver; None if they are
-        not measured, or if the estimator has no solver.
-      again: those of the subset with new draws ``(m,)``; None without a check, or without draws.
-    """
-
-    columns: Columns
-    values: Values
-    strict: Values | None
-    again: Values | None
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -282,10 +266,14 @@ class Measurement:
         """Whether the numbers depend on random draws, of probes or of a dequantizer."""
         return self.target.levels is not None or not self.estimator.exact
 
-    def solves(self) -> Solves:
-        """The numbers of all ``ids`` by an ODE, and those of the subset that measure their errors.
+    def solves(self) -> tuple[Columns, Values, Values | None, Values | None]:
+        """Rows and numbers of all ``ids`` by an ODE, and those of the subset that measure errors.
 
-        ``values`` and ``strict`` have the draws of sweep 0.
+        Returns:
+          The columns of the rows; the numbers ``(n,)``; those of the subset ``(m,)`` by the
+          ``estimate.reference`` solver, with the draws of sweep 0, or None if they are not measured
+          or the estimator has no solver; and those of the subset with new draws ``(m,)``, or None
+          without a check or without draws.
         """
         columns = self.rows(self.ids)
         again = strict = None
@@ -293,7 +281,7 @@ class Measurement:
             again = self.total(self.rows(self.subset, 1))
         if self.check and self.solver is not None:
             strict = self.total(self.rows(self.subset, 0, reference(self.solver)))
-        return Solves(columns, self.total(columns), strict, again)
+        return columns, self.total(columns), strict, again
 
     def solver_error(self) -> Interval:
         """The numbers by the solver minus those by its reference: the mean over the subset.

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from sbml.core.types import Array, Batch, Key, Vector
+from sbml.core.types import Array, Batch, Vector
 from sbml.dequantizers import _flowpp_layers as layers
 from sbml.dequantizers import _mixture_logistic as mixture_logistic
 
@@ -54,17 +54,14 @@ class ElementwiseAffine(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, Array]:
-        def normalizing(_: Key) -> Array:
-            variance = x.var((0, 1, 2)) + layers.VARIANCE_FLOOR
-            return jnp.broadcast_to(lax.rsqrt(variance), x.shape[1:])
+        def at_every_pixel(values: Array) -> Array:
+            return jnp.broadcast_to(values, x.shape[1:])
 
-        scale = self.param("scale", normalizing)
-
-        def centring(_: Key) -> Array:
-            return jnp.broadcast_to(-(scale[None] * x).mean((0, 1, 2)), x.shape[1:])
-
-        bias = self.param("bias", centring)
-        return scale[None] * x + bias[None], jnp.log(jnp.abs(scale)).sum()
+        floor = layers.VARIANCE_FLOOR
+        scale = self.param("scale", lambda _: at_every_pixel(lax.rsqrt(x.var((0, 1, 2)) + floor)))
+        y = scale[None] * x
+        bias = self.param("bias", lambda _: at_every_pixel(-y.mean((0, 1, 2))))
+        return y + bias[None], jnp.log(jnp.abs(scale)).sum()
 
 
 class Norm(nn.Module):
@@ -100,17 +97,6 @@ class MixLogisticAttnCoupling(nn.Module):
     @nn.compact
     def __call__(self, halves: Pair, *, context: Array, train: bool = False) -> tuple[Pair, Array]:
         a, b = halves
-        log_scale, shift, mixture = self._conditioned_on(a, context, train)
-        logit_cdf = (
-            mixture_logistic.clipped_logit_cdf if self.model.clipped else mixture_logistic.logit_cdf
-        )
-        y, log_slope = logit_cdf(b, mixture)
-        log_det = per_image(log_slope + log_scale)
-        return (jnp.exp(log_scale) * y + shift, a), log_det
-
-    def _conditioned_on(
-        self, a: Array, context: Array, train: bool
-    ) -> tuple[Array, Array, mixture_logistic.Mixture]:
         per_channel = 2 + 3 * self.model.components
         network = layers.CouplingNetwork(self.model, a.shape[-1] * per_channel)
         nn.share_scope(self, network)
@@ -118,7 +104,10 @@ class MixLogisticAttnCoupling(nn.Module):
         logits, means, log_scales = jnp.split(out[..., 2:], 3, axis=-1)
         log_scales = jnp.maximum(log_scales, mixture_logistic.LEAST_LOG_SCALE)
         mixture = mixture_logistic.Mixture(logits, means, log_scales)
-        return jnp.tanh(out[..., 0]), out[..., 1], mixture
+        log_scale, shift = jnp.tanh(out[..., 0]), out[..., 1]
+        y, log_slope = mixture_logistic.logit_cdf(b, mixture, self.model.clipped)
+        log_det = per_image(log_slope + log_scale)
+        return (jnp.exp(log_scale) * y + shift, a), log_det
 
 
 class Flow(nn.Module):

@@ -27,30 +27,22 @@ class Mixture(NamedTuple):
     log_scales: Array
 
 
-def _log_cdf(x: Array, mixture: Mixture) -> tuple[Array, Array, Array]:
-    """log F(x), log(1 - F(x)) and log f(x) for ``x (*s)``, each of shape ``(*s)``."""
-    log_w = log_softmax(mixture.logits)
-    z = (x[..., None] - mixture.means) * jnp.exp(-mixture.log_scales)
-    below, above = log_w + log_sigmoid(z), log_w + log_sigmoid(-z)
-    density = below + log_sigmoid(-z) - mixture.log_scales
-    return logsumexp(below, axis=-1), logsumexp(above, axis=-1), logsumexp(density, axis=-1)
+def logit_cdf(x: Array, mixture: Mixture, clipped: bool = False) -> tuple[Array, Array]:
+    """y = logit F(x) and log dy/dx, elementwise, of the shape of ``x``.
 
-
-def logit_cdf(x: Array, mixture: Mixture) -> tuple[Array, Array]:
-    """y = logit F(x) and log dy/dx, elementwise, of the shape of ``x``."""
-    log_f, log_1mf, log_density = _log_cdf(x, mixture)
-    return log_f - log_1mf, log_density - log_f - log_1mf
-
-
-def clipped_logit_cdf(x: Array, mixture: Mixture) -> tuple[Array, Array]:
-    """``logit_cdf`` computed from F instead of log F, and clipped at 1e-7, as Song et al. do.
-
-    This form is for parity with their numbers only, because it is not injective. In float32, y
+    If ``clipped``, they are computed from F instead of log F, and clipped at 1e-7, as Song et al.
+    do. This form is for parity with their numbers only, because it is not injective. In float32, y
     above 10 changes in visible steps and does not exceed 16, and log dy/dx is wrong by |y| - 16 in
     both tails. As in their code, F is the exponential of log F, with that rounding: near 1 its
     error is a few units in the last place.
     """
-    log_f, _, log_density = _log_cdf(x, mixture)
+    log_w = log_softmax(mixture.logits)
+    z = (x[..., None] - mixture.means) * jnp.exp(-mixture.log_scales)
+    below, above = log_w + log_sigmoid(z), log_w + log_sigmoid(-z)
+    density = below + log_sigmoid(-z) - mixture.log_scales
+    log_f, log_1mf, log_density = (logsumexp(a, axis=-1) for a in (below, above, density))
+    if not clipped:
+        return log_f - log_1mf, log_density - log_f - log_1mf
     f = jnp.exp(log_f)
     y = -jnp.log(jnp.maximum(1.0 / f - 1.0, CLIP))
     return y, log_density - jnp.log(jnp.maximum(f, CLIP)) - jnp.log(jnp.maximum(1.0 - f, CLIP))

@@ -6,12 +6,11 @@ For any density p of x = 2 (pixels + u) / L - 1 and any q(u | pixels) on the bin
 """
 
 import abc
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from sbml.core.scalars import Number
-from sbml.core.types import Key, PixelBatch, Pixels, PyTree, Score, Vector
+from sbml.core.types import Key, PixelBatch, Pixels, PyTree, Score
 from sbml.likelihood import discrete
-from sbml.likelihood.bound import Bound, Reduction, Steps
+from sbml.likelihood.bound import Bound
 from sbml.sdes import SDE
 
 
@@ -85,14 +84,7 @@ class AtNoise(Dequantizer, abc.ABC):
         pixels: Pixels,
         key: Key,
         levels: int,
-        *,
-        eps: Number,
-        u: Vector,
-        reduction: Reduction = Reduction(),
-        steps: int | Steps | None = None,
+        **how: Any,
     ) -> Bound:
-        """The bound on -log P(pixels) in nats: ``discrete.elbo``."""
-        noise = self.noise(score, levels)
-        return discrete.elbo(
-            score, sde, pixels, key, eps=eps, u=u, noise=noise, reduction=reduction, steps=steps
-        )
+        """The bound on -log P(pixels) in nats: ``discrete.elbo``, with its other arguments."""
+        return discrete.elbo(score, sde, pixels, key, noise=self.noise(score, levels), **how)

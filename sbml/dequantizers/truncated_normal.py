@@ -37,18 +37,14 @@ class Model(AtNoise):
 
     tau: Annotated[Number, positive] = discrete.TAU
 
-    @property
-    def _log_normaliser(self) -> Number:
-        """log q(u) at the bin's centre, in nats per dimension."""
-        z = scalars.erf(self.tau / math.sqrt(2))
-        return scalars.log(2 * self.tau / z) - 0.5 * math.log(2 * math.pi)
-
     @checked
     def sample(self, params: PyTree, pixels: Pixels, key: Key) -> tuple[Example, Scalar]:
         """u of the shape of one example ``pixels (*s)``, and log q(u | pixels) in nats."""
         e = discrete.truncated_normal(jax.random.normal(key, pixels.shape), self.tau)
         u = jnp.clip(0.5 + e / (2 * self.tau), 0.0, 1 - jnp.finfo(e.dtype).epsneg)
-        return u, e.size * self._log_normaliser - 0.5 * jnp.sum(e**2)
+        z = scalars.erf(self.tau / math.sqrt(2))
+        at_centre = scalars.log(2 * self.tau / z) - 0.5 * math.log(2 * math.pi)
+        return u, e.size * at_centre - 0.5 * jnp.sum(e**2)
 
     def noise(self, score: Score, levels: int) -> discrete.TruncatedNormal:
         """Noise that stays in the bin; its tau follows from eps and ``levels`` alone."""

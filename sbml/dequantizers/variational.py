@@ -82,10 +82,6 @@ class Model(Dequantizer):
             "must be even; choose another dequantizer, or set another data.shape"
         )
 
-    def network(self) -> Flow:
-        """The Linen module; its arguments are the result of ``image(pixels)`` and the noise."""
-        return Flow(self)
-
     def image(self, pixels: Numbers, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
         """The input of the networks: ``pixels``, 0 ... levels - 1, scaled to [-1/2, 1/2]."""
         return jnp.asarray(pixels, dtype) / (self.levels - 1) - 0.5
@@ -103,7 +99,7 @@ class Model(Dequantizer):
                 "whose width w is even, because the flow splits them into even and odd columns."
             )
         noise = jax.random.normal(stream(key, "noise"), pixels.shape)
-        return self.network().init(stream(key, "parameters"), self.image(pixels), noise)["params"]
+        return Flow(self).init(stream(key, "parameters"), self.image(pixels), noise)["params"]
 
     @checked
     def forward(
@@ -124,7 +120,7 @@ class Model(Dequantizer):
         train = dropout_key is not None
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         image = self.image(pixels, eps.dtype)
-        found = self.network().apply({"params": params}, image, eps, rngs=rngs, train=train)
+        found = Flow(self).apply({"params": params}, image, eps, rngs=rngs, train=train)
         logits, log_det = cast(tuple[Array, Array], found)
         u = jnp.minimum(jax.nn.sigmoid(logits), 1.0 - jnp.finfo(eps.dtype).epsneg)
         log_normal = -0.5 * (jnp.square(eps) + math.log(2 * math.pi))
@@ -132,15 +128,10 @@ class Model(Dequantizer):
 
     @checked
     def sample(
-        self,
-        params: PyTree,
-        pixels: Integer[AnyArray, "h w c"],
-        key: Key,
-        *,
-        train: bool = False,
+        self, params: PyTree, pixels: Integer[AnyArray, "h w c"], key: Key
     ) -> tuple[Float[Array, "h w c"], Scalar]:
         """u of the shape of one example ``pixels (h, w, c)``, and log q(u | pixels) () in nats."""
-        u, log_q = self.sample_batch(params, pixels[None], key[None], train=train)
+        u, log_q = self.sample_batch(params, pixels[None], key[None])
         return u[0], log_q[0]
 
     @checked

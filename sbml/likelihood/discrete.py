@@ -222,14 +222,11 @@ def elbo(
     The sum of its terms bounds -log P(pixels) itself, without a change of variables.
 
     Args:
-      score: a score of one example, called deterministically.
-      sde: the forward process.
+      score, sde, u, reduction: as in ``bound.elbo``.
       pixels: integers ``(*s)`` in 0 .. levels - 1.
       key: for all random draws.
       eps: the smallest time, for which :func:`smallest_time` is a good choice.
-      u: points ``(n,)`` in [0, 1), one for each draw of the diffusion term.
       noise: the distribution q_eps of the noise at eps, and the number of levels.
-      reduction: as in ``bound.elbo``; it changes the variance only.
       steps: as in ``bound.elbo``, the bound of a chain in discrete time, for the categorical noise.
 
     Returns:

@@ -19,7 +19,6 @@ May import: core, likelihood, sdes.
 from sbml.core.registry import Registry, subclass
 from sbml.samplers._grid import SPACINGS as SPACINGS
 from sbml.samplers._grid import FixedSteps as FixedSteps
-from sbml.samplers._grid import Sampler as Sampler
 from sbml.samplers._grid import denoise as denoise
 from sbml.samplers._grid import predictions as predictions
 from sbml.samplers.corrector import CORRECTORS as CORRECTORS
@@ -28,6 +27,7 @@ from sbml.samplers.corrector import Langevin as Langevin
 from sbml.samplers.density import Chain as Chain
 from sbml.samplers.density import Path as Path
 from sbml.samplers.density import PathLogProb as PathLogProb
+from sbml.samplers.density import Sampler as Sampler
 from sbml.samplers.density import Transition as Transition
 from sbml.samplers.flow_map import Map as Map
 from sbml.samplers.multistep import DPMSolver as DPMSolver

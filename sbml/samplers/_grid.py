@@ -14,7 +14,7 @@ sqrt(t), or ``log_snr``, even in log-SNR, which suits samplers with few steps.
 """
 
 import dataclasses
-from typing import Annotated, ClassVar, Protocol, runtime_checkable
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -45,26 +45,6 @@ Triple = Float[Array, "3"]
 
 SPACINGS = ("time", "quadratic", "log_snr")
 Spacing = Annotated[str, one_of(*SPACINGS)]
-
-
-@runtime_checkable
-class Sampler(Protocol):
-    """The interface of every sampler."""
-
-    def __call__(
-        self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number
-    ) -> tuple[Example, Stats]:
-        """The sample ``(*s)`` at time ``eps`` from the latent ``z (*s)`` at T, and its cost.
-
-        If ``z`` has less than JAX's default precision, the sample has the default precision.
-        """
-        ...
-
-    def path(
-        self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number, frames: int
-    ) -> tuple[Frames, Times]:
-        """x ``(frames, *s)`` at times ``(frames,)`` from T to ``eps``; the first is the latent."""
-        ...
 
 
 @checked

@@ -37,7 +37,7 @@ import abc
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ from sbml.core.door import checked
 from sbml.core.pytrees import when_known
 from sbml.core.scalars import Number
 from sbml.core.types import Array, Example, Key, Scalar, Score, in_full_precision
+from sbml.likelihood.ode import Stats
 from sbml.sdes import SDE
 
 Times = Float[Array, " points"]
@@ -126,7 +127,27 @@ class Path:
     sampler: "Chain" = dataclasses.field(metadata={"static": True})
 
 
-class Chain(abc.ABC):
+@runtime_checkable
+class Sampler(Protocol):
+    """The interface of every sampler."""
+
+    def __call__(
+        self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number
+    ) -> tuple[Example, Stats]:
+        """The sample ``(*s)`` at time ``eps`` from the latent ``z (*s)`` at T, and its cost.
+
+        If ``z`` has less than JAX's default precision, the sample has the default precision.
+        """
+        ...
+
+    def path(
+        self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number, frames: int
+    ) -> tuple[Array, Times]:
+        """x ``(frames, *s)`` at times ``(frames,)`` from T to ``eps``; the first is the latent."""
+        ...
+
+
+class Chain(Sampler, abc.ABC):
     """A sampler that is a chain of steps, given by :meth:`times` and :meth:`transition`."""
 
     own_obstacle: ClassVar[str] = ""  # why the steps are not normal given x alone
@@ -148,12 +169,6 @@ class Chain(abc.ABC):
     @abc.abstractmethod
     def times(self, sde: SDE, eps: Number) -> Times:
         """The times of the steps, from that of y_0 = z / S down to ``eps``."""
-
-    @abc.abstractmethod
-    def path(
-        self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number, frames: int
-    ) -> tuple[Array, Times]:
-        """``frames`` points on the way of the latent ``z (*s)``, from z on, and their times."""
 
     def transition(self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar) -> Transition:
         """The distribution of x at time ``t`` given ``x (*s)`` at time ``s`` > ``t``."""

@@ -89,12 +89,9 @@ class ODE(Chain):
         """See ``Chain``. It is 1, because the ODE is solved from T, where the latent is."""
         return 1.0
 
-    def times(self, sde: SDE, eps: Number) -> Times:
-        """See ``Chain``: they are even in the coordinate of the solver."""
-        return self._times(sde, eps, self.solver.fixed_steps or 1)
-
-    def _times(self, sde: SDE, eps: Number, count: int) -> Times:
-        power = self.solver.power
+    def times(self, sde: SDE, eps: Number, pieces: int = 1) -> Times:
+        """See ``Chain``: even in the coordinate of the solver; ``pieces`` if no steps are fixed."""
+        power, count = self.solver.power, self.solver.fixed_steps or pieces
         return jnp.linspace(sde.T ** (1 / power), eps ** (1 / power), count + 1) ** power
 
     def transition(self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar) -> Transition:
@@ -117,11 +114,10 @@ class ODE(Chain):
         The frames are evenly spaced in the coordinate of the solver. If it has fixed steps, the
         frames are the nearest of these steps.
         """
-        steps = self.solver.fixed_steps
         sde.check_time(eps)
         z = in_full_precision(z)
-        times = self._times(sde, eps, steps or frames - 1)
-        solver = dataclasses.replace(self.solver, fixed_steps=steps and 1)
+        times = self.times(sde, eps, frames - 1)
+        solver = dataclasses.replace(self.solver, fixed_steps=self.solver.fixed_steps and 1)
 
         def piece(x: Example, ends: tuple[Scalar, Scalar]) -> tuple[Example, Example]:
             x = flow(score, sde, x, *ends, solver).x

@@ -49,10 +49,6 @@ class Rescaled(SDE):
     def smallest_time(self) -> float:  # type: ignore[override]
         return self.of.smallest_time
 
-    @property
-    def _offset(self) -> float:
-        return 2 * math.log(self.scale)
-
     def mean_coef(self, t: Elementwise) -> Elementwise:
         return self.of.mean_coef(t)
 
@@ -60,7 +56,7 @@ class Rescaled(SDE):
         return self.of.std(t) / self.scale
 
     def log_snr(self, t: Elementwise) -> Elementwise:
-        return self.of.log_snr(t) + self._offset
+        return self.of.log_snr(t) + 2 * math.log(self.scale)
 
     def rate(self, t: Elementwise) -> Elementwise:
         return self.of.rate(t)
@@ -72,7 +68,7 @@ class Rescaled(SDE):
         return self.of.diffusion(t) / self.scale
 
     def time(self, log_snr: Elementwise) -> Elementwise:
-        return self.of.time(log_snr - self._offset)
+        return self.of.time(log_snr - 2 * math.log(self.scale))
 
     def slopes(self, t: Elementwise) -> tuple[Elementwise, Elementwise]:
         mean_slope, std_slope = self.of.slopes(t)

@@ -9,7 +9,7 @@ integers. The terms for dequantization and for the change of variables are then 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,26 +26,18 @@ from sbml.score.divergence import Trace
 from sbml.sdes import times
 
 
-class Form(TypedDict, total=False):
-    """The arguments of ``bound.elbo`` that choose the form of its diffusion term."""
-
-    trace: Trace
-    steps: int | bound.Steps
-
-
 @dataclasses.dataclass(frozen=True)
 class Estimator(base.Estimator):
     """The evidence bound in its denoising form.
 
     Attributes:
-      n_times, draw: the number of times for one example in one sweep, and how their points are
-        drawn, a name in ``times.DRAWS``.
-      reduction: how the variance is reduced.
+      form: the names of the fields that choose the form of the diffusion term in ``bound.elbo``.
     """
 
     terms: ClassVar[tuple[str, ...]] = (*bound.Bound._fields, "dequantization", "scale")
     is_bound: ClassVar[bool] = True
     reducible: ClassVar[bool] = True
+    form: ClassVar[tuple[str, ...]] = ()
 
     n_times: int = 1
     draw: str = "lattice"
@@ -69,32 +61,15 @@ class Estimator(base.Estimator):
         self, score: Score, params: PyTree, data: OneExample, key: Key, u: Points, target: Target
     ) -> tuple[dict[str, Scalar], Evaluations]:
         assert u is not None  # ``points`` gives them.
-        sde, eps, bound_key = target.sde, target.eps, stream(key, "bound")
-        model = target.dequantizer
+        sde, model, bound_key = target.sde, target.dequantizer, stream(key, "bound")
+        how: dict[str, Any] = {name: getattr(self, name) for name in self.form}
+        how |= {"eps": target.eps, "u": u, "reduction": self.reduction}
         if dequantizers.has_bound(model):
-            terms = model.bound(
-                params,
-                score,
-                sde,
-                data,
-                bound_key,
-                target.levels,
-                eps=eps,
-                u=u,
-                reduction=self.reduction,
-                **self.own,
-            )
+            terms = model.bound(params, score, sde, data, bound_key, target.levels, **how)
             return {**terms._asdict(), "dequantization": jnp.zeros(())}, u.size + model.calls
         x, log_q = target.sample(params, data, stream(key, "dequantization"))
-        terms = bound.elbo(
-            score, sde, x, bound_key, eps=eps, u=u, reduction=self.reduction, **self.own
-        )
+        terms = bound.elbo(score, sde, x, bound_key, **how)
         return {**terms._asdict(), "dequantization": log_q}, u.size + 1
-
-    @property
-    def own(self) -> Form:
-        """The form of the bound of this class."""
-        return {}
 
     def scale_nats(self, target: Target, shape: tuple[int, ...]) -> float:
         return 0.0 if dequantizers.has_bound(target.dequantizer) else target.scale_nats(shape)
@@ -122,12 +97,9 @@ class ScoreMatching(Estimator):
     """
 
     reducible: ClassVar[bool] = False
+    form: ClassVar[tuple[str, ...]] = ("trace",)
 
     trace: Trace = Trace()
-
-    @property
-    def own(self) -> Form:
-        return {"trace": self.trace}
 
     @classmethod
     def reason_undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
@@ -144,8 +116,6 @@ class InSteps(Estimator):
     """The evidence bound of a chain in discrete time: of ``steps`` steps of DDPM, or of these steps
     (``bound.chain``)."""
 
-    steps: int | bound.Steps = 1000
+    form: ClassVar[tuple[str, ...]] = ("steps",)
 
-    @property
-    def own(self) -> Form:
-        return {"steps": self.steps}
+    steps: int | bound.Steps = 1000

@@ -34,13 +34,7 @@ PerDraw = Float[Array, "k"]
 
 @dataclasses.dataclass(frozen=True)
 class Estimator(base.Estimator):
-    """The likelihood of the probability-flow ODE.
-
-    Attributes:
-      trace: how the divergence is computed.
-      num_importance: K, the number of draws of the dequantizer; K > 1 needs the exact trace.
-      solver: how the ODE is solved.
-    """
+    """The likelihood of the probability-flow ODE; ``num_importance`` > 1 needs the exact trace."""
 
     terms: ClassVar[tuple[str, ...]] = (
         *likelihood.TERMS,

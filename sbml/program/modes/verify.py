@@ -64,7 +64,7 @@ def results() -> tuple[list[Report], list[Report], list[Row]]:
     """Reports about the package's estimators, reports about planted mistakes, and the rows."""
     first = dict(itertools.islice(WORLDS.items(), 1))
     jobs: list[Callable[[], Any]] = [partial(audited, *each) for each in OURS.items()]
-    jobs += [partial(audited, each.estimator, {"worlds": first}) for each in MISTAKES]
+    jobs += [partial(audited, each, {"worlds": first}) for each in MISTAKES]
     audits = in_parallel("audits", jobs)
     jobs = [partial(in_float64, ways.sde_rows, name) for name in SDES]
     jobs += [partial(in_float64, rows, "vp") for rows in ways.ONCE]
@@ -136,8 +136,8 @@ def run() -> None:
         bad += [] if r.passed else [r]
         print(row(r, "pass" if r.passed else "FAILS"))
     print()
-    for r, mistake in zip(wrong, MISTAKES, strict=True):
-        caught = r.failed == mistake.fails
+    for r, fails in zip(wrong, MISTAKES.values(), strict=True):
+        caught = r.failed == fails
         bad += [] if caught else [r]
         print(row(r, reason(r) if caught else "NOT CAUGHT"))
     print(f"\n{table(rows)}")

@@ -1,5 +1,6 @@
 """Coded images come back exactly, and their length is the bound of the chain that codes them."""
 
+import dataclasses
 import functools
 import math
 import struct
@@ -18,6 +19,7 @@ from sbml.codec import Chain, Codec, CodedFileError, bits_back, chain, compress,
 from sbml.codec import stack as stacks
 from sbml.codec.file import DamagedStacksError
 from sbml.likelihood import bound, discrete
+from sbml.score import from_prediction
 from sbml.sdes import VP
 
 LEVELS, SHAPE = 16, (2, 3, 1)
@@ -223,6 +225,15 @@ def test_files_are_exact_for_any_number_of_images(data: Any, n: int) -> None:
     content = compress(c, pixels)
     np.testing.assert_array_equal(decompress(c, content), pixels)
     assert compress(c, pixels) == content
+
+
+def test_a_network_without_a_decoder_of_its_own_has_that_of_bayes_rule() -> None:
+    plain = codec("centre", lanes=2)
+    noise = from_prediction(lambda x, t: -VP().std(t) * score(x, t, None), "noise", VP())
+    network = dataclasses.replace(plain, score=noise)
+    z = np.random.default_rng(0).normal(size=(2, 6))
+    found, expected = (each._level_probabilities(z) for each in (network, plain))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_an_image_that_the_model_finds_impossible_is_coded_too() -> None:

@@ -131,9 +131,9 @@ def split(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda array: put(array, where), tree)
 
 
-def round_up(size: int, devices: int | None = None) -> int:
-    """The smallest multiple of ``devices``, by default all of them, that is at least ``size``."""
-    devices = devices or jax.device_count()
+def round_up(size: int) -> int:
+    """The smallest multiple of the number of devices that is at least ``size``."""
+    devices = jax.device_count()
     return -(-size // devices) * devices
 
 

@@ -232,7 +232,7 @@ def test_a_network_without_a_decoder_of_its_own_has_that_of_bayes_rule() -> None
     noise = from_prediction(lambda x, t: -VP().std(t) * score(x, t, None), "noise", VP())
     network = dataclasses.replace(plain, score=noise)
     z = np.random.default_rng(0).normal(size=(2, 6))
-    found, expected = (each._level_probabilities(z) for each in (network, plain))
+    found, expected = (each._level_probabilities(z, 0) for each in (network, plain))
     np.testing.assert_array_equal(found, expected)
 
 
@@ -252,7 +252,8 @@ def test_an_image_that_the_model_finds_impossible_is_coded_too() -> None:
 def test_a_stopped_encoding_and_decoding_continue_to_the_same_bytes() -> None:
     c, pixels = codec("centre", steps=6), images(11)
     states = list(bits_back.encode(c, pixels, bits_back.first_state(c)))
-    stored = bits_back.State.of_arrays({k: np.asarray(v) for k, v in states[0]._asdict().items()})
+    arrays = {name: np.asarray(value) for name, value in states[0]._asdict().items()}
+    stored = bits_back.first_state(c)._replace(**arrays)
     *_, last = bits_back.encode(c, pixels, stored)
     np.testing.assert_array_equal(last.words, states[-1].words)
     first, *_ = bits_back.decode(c, 11, bits_back.last_state(c, 11, last.stacks))

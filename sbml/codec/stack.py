@@ -78,12 +78,6 @@ def uniform(size: int) -> object:
     return _constriction().model.Uniform(size)
 
 
-@functools.cache
-def categorical() -> object:
-    """The family of models of integers, whose parameters are their probabilities."""
-    return _constriction().model.Categorical(perfect=False)
-
-
 class Normal:
     """N(m, s^2) on integers, with s = ``std`` of at least 1, and a mean m for each integer.
 
@@ -126,3 +120,18 @@ class Normal:
             stack.encode_reverse(more.astype(np.int32), uniform(FAR))
             offsets = np.clip(offsets, -self.reach - 1, self.reach + 1)
         stack.encode_reverse(offsets.astype(np.int32), self.family, *parameters)
+
+
+class Categorical:
+    """Integers by their probabilities ``p (d, L)``."""
+
+    def __init__(self) -> None:
+        self.family = _constriction().model.Categorical(perfect=False)
+
+    def pop(self, stack: Coder, p: np.ndarray) -> np.ndarray:
+        """int64 ``(d,)``, one for each row of ``p``."""
+        return stack.decode(self.family, p).astype(np.int64)
+
+    def push(self, stack: Coder, values: np.ndarray, p: np.ndarray) -> None:
+        """Encode ``values (d,)``, int64."""
+        stack.encode_reverse(values.astype(np.int32), self.family, p)

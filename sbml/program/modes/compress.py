@@ -55,8 +55,7 @@ def run(trained: Trained, preemption: Preemption, source: str = "") -> Workdir:
                 "move it to another folder, or remove it"
             )
     resumable = Resumable(workdir / "codec", "encode", header.model_dump(), preemption)
-    stored = resumable.load()
-    state = bits_back.State.of_arrays(stored) if stored else first
+    state = first._replace(**resumable.load())
     initial, done = 32 * codec.initial_words * lanes, min(state.number * lanes, len(pixels))
     with Bar("compress", "image", len(pixels), done) as bar:
         for after in bits_back.encode(codec, pixels, state):

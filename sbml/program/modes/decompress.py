@@ -49,9 +49,7 @@ def run(trained: Trained, preemption: Preemption, source: str = "", to: str = ""
     missing = [lane for lane, words in enumerate(stacks) if words is None]
     identity = {**header.model_dump(), "missing": missing}
     resumable = Resumable(workdir / "codec", "decode", identity, preemption)
-    stored = resumable.load()
-    first = bits_back.last_state(codec, header.count, stacks)
-    state = bits_back.State.of_arrays(stored) if stored else first
+    state = bits_back.last_state(codec, header.count, stacks)._replace(**resumable.load())
     with Bar("decompress", "image", header.count, len(state.pixels)) as bar:
         for after in bits_back.decode(codec, header.count, state):
             state = after

@@ -15,7 +15,7 @@ import functools
 import importlib.util
 import math
 from types import ModuleType
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class Coder(Protocol):
 def coder(words: np.ndarray) -> Coder:
     """A coder of ``constriction`` with the bits ``words (n,)``, uint32, of which the last is not
     0."""
-    found: Coder = _constriction().stack.AnsCoder(np.ascontiguousarray(words, np.uint32))
+    found: Coder = constriction().stack.AnsCoder(np.ascontiguousarray(words, np.uint32))
     return found
 
 
@@ -53,29 +53,24 @@ def installed() -> bool:
     return importlib.util.find_spec("constriction") is not None
 
 
-def require() -> None:
-    """Raise a ValueError unless ``constriction`` is installed."""
-    _constriction()
-
-
-def _constriction() -> ModuleType:
+def constriction() -> ModuleType:
+    """The module ``constriction.stream``; a ValueError says that it is not installed."""
     try:
-        import constriction
+        from constriction import stream
     except ImportError:
         raise ValueError("the codec needs constriction: pip install 'sbml[codec]'") from None
-    found: ModuleType = constriction.stream
-    return found
+    return cast(ModuleType, stream)
 
 
 @functools.lru_cache(maxsize=4096)
 def _normals(reach: int) -> object:
-    return _constriction().model.QuantizedGaussian(-reach, reach)
+    return constriction().model.QuantizedGaussian(-reach, reach)
 
 
 @functools.cache
 def uniform(size: int) -> object:
     """The model of 0 .. size - 1 with equal probabilities."""
-    return _constriction().model.Uniform(size)
+    return constriction().model.Uniform(size)
 
 
 class Normal:
@@ -126,7 +121,7 @@ class Categorical:
     """Integers by their probabilities ``p (d, L)``."""
 
     def __init__(self) -> None:
-        self.family = _constriction().model.Categorical(perfect=False)
+        self.family = constriction().model.Categorical(perfect=False)
 
     def pop(self, stack: Coder, p: np.ndarray) -> np.ndarray:
         """int64 ``(d,)``, one for each row of ``p``."""

@@ -11,7 +11,6 @@ from PIL import ExifTags, Image
 from sbml.codec import Chain, Codec
 from sbml.codec.chain import pilot
 from sbml.codec.file import as_integers
-from sbml.codec.stack import require
 from sbml.core import bits
 from sbml.core.streams import stream
 from sbml.core.types import optional
@@ -160,13 +159,3 @@ def write_folder(folder: Path, pixels: np.ndarray, ids: np.ndarray, levels: int)
     files = files_of(folder, len(pixels))
     for number in ids:
         _picture(pixels[number], levels).save(files[number])
-
-
-def check(mode: str) -> None:
-    """Check that the coder is installed, and that there is only one process.
-
-    Each lane has a stack of its own, and one process works on all of them.
-    """
-    require()
-    if jax.process_count() > 1:
-        raise ValueError(f"--mode={mode} works in one process: leave out --coordinator")

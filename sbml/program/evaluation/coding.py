@@ -55,11 +55,8 @@ def encoder_chain(evaluation: Evaluation) -> Chain:
 def bound_of(
     evaluation: Evaluation, codec: Codec, pixels: np.ndarray, *, continuous: bool = False
 ) -> Estimate:
-    """The bound on -log2 P of ``pixels (n, *shape)`` in bits/dim.
-
-    It is the bound in the steps of ``codec``, or with ``continuous`` the one in continuous time. It
-    is computed by the functions of an evaluation.
-    """
+    """The bound on -log2 P of ``pixels (n, *shape)`` in bits/dim, by the functions of an
+    evaluation: in the steps of ``codec``, or with ``continuous`` in continuous time."""
     experiment, config = evaluation.experiment, evaluation.experiment.config.eval.bound
     name, eps = "uniform", codec.chain.eps
     if codec.data == "centre":

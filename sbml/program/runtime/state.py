@@ -154,18 +154,3 @@ def make_step(update: Update) -> Step:
         return new, {"loss": mean(losses), "grad_norm": optax.tree.norm(grads)}
 
     return step
-
-
-def several(step: Step) -> Step:
-    """``step`` over batches that are stacked along a leading axis, in one dispatch.
-
-    The metrics are stacked in the same way. This saves dispatch overhead on accelerators and is
-    slower on CPU (see :func:`value_and_grad`).
-    """
-
-    def steps(
-        state: TrainState, batches: PyTree, base_key: Key, frozen: PyTree
-    ) -> tuple[TrainState, Metrics]:
-        return jax.lax.scan(lambda s, b: step(s, b, base_key, frozen), state, batches)
-
-    return steps

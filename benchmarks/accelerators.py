@@ -37,13 +37,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 from jax.sharding import Mesh
 
-from sbml.core.platform import compiling_for
 from sbml.density.estimators import Cell
 from sbml.density.estimators.base import Rows, Target, rows
 from sbml.likelihood.bound import FULL_DIMS, GaussianControl, Reduction
@@ -84,6 +84,23 @@ def devices_of(topology: str) -> list[Any]:
     from jax.experimental import topologies
 
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str, devices: int) -> Iterator[None]:
+    """A context in which programs are traced as on so many ``devices`` of this ``platform``.
+
+    JAX's caches of traced functions do not depend on it, so they are cleared on entry and on exit.
+    """
+    jax.clear_caches()
+    try:
+        with (
+            mock.patch.object(jax, "default_backend", lambda: platform),
+            mock.patch.object(jax, "device_count", lambda: devices),
+        ):
+            yield
+    finally:
+        jax.clear_caches()
 
 
 @contextlib.contextmanager
@@ -128,7 +145,7 @@ def training(experiment: Experiment, mesh: Mesh) -> Any:
 def _lowered(experiment: Experiment, mesh: Mesh, name: str, u: Any, reduction: Reduction) -> Any:
     """A batch of the estimator ``name`` with uniform dequantization."""
     same, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    size = sharding.round_up(experiment.config.eval.batch_size, mesh.size)
+    size = -(-experiment.config.eval.batch_size // mesh.size) * mesh.size
     row = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
     batch = Rows(
         data=jax.ShapeDtypeStruct((size, *experiment.shape), jnp.uint8, sharding=split),
@@ -175,7 +192,7 @@ def bound(experiment: Experiment, mesh: Mesh) -> Any:
 def sampling(experiment: Experiment, mesh: Mesh) -> Any:
     """A batch of the configured sampler."""
     same, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    size = sharding.round_up(experiment.config.sampling.batch_size, mesh.size)
+    size = -(-experiment.config.sampling.batch_size // mesh.size) * mesh.size
     params = sharding.abstract(experiment.init_state, mesh).ema_params
     ids = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
     seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=same)

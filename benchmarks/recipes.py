@@ -89,7 +89,7 @@ class Steps:
         training = experiment.config.training
         count = training.batch_size // training.rows_per_image
         pixels = experiment.images("train").images[:count]
-        self.batch = sharding.put(np.asarray(pixels), sharding.batch_sharding(mesh))
+        self.batch = sharding.split(np.asarray(pixels))
         self.state = sharding.initial_state(experiment.init_state, mesh)
         self.step = sharding.compiled_step(objective.update(experiment), mesh, self.state)
         self.seconds(1)

@@ -9,7 +9,7 @@ from linen import normal, random_params, shapes
 from ml_collections import ConfigDict
 
 from benchmarks import accelerators
-from sbml.core.platform import compiling_for, platform
+from sbml.core.platform import compiler_options, on_cpu, one_cpu
 from sbml.networks import _layers, ncsnpp
 from sbml.program.config.build import Experiment
 from sbml.program.config.config import default
@@ -36,7 +36,7 @@ def test_nothing_of_the_cpu_is_in_an_accelerators_program(monkeypatch: pytest.Mo
     accelerators.training(experiment, mesh)
     assert used  # The step for one CPU device uses it.
     for target in (("tpu", 1), ("gpu", 1), ("cpu", 8)):
-        with compiling_for(*target):
+        with accelerators.compiling_for(*target):
             used.clear()
             accelerators.training(experiment, mesh)
             assert not used
@@ -60,7 +60,7 @@ def integer_denoiser() -> ConfigDict:
 def test_evaluation_multiplies_at_full_precision(config: Callable, name: str) -> None:
     """By default, TPUs and GPUs multiply float32 numbers at lower precision, as sampling does."""
     experiment, mesh = Experiment(config()), sharding.data_mesh()
-    with compiling_for("tpu", 1):
+    with accelerators.compiling_for("tpu", 1):
         lowered = accelerators.PROGRAMS[name](experiment, mesh)
         assert "dot_general" in lowered.as_text() and "convolution" in lowered.as_text()
         assert accelerators.low_precision(lowered) == 0
@@ -69,10 +69,11 @@ def test_evaluation_multiplies_at_full_precision(config: Callable, name: str) ->
 
 
 def test_the_declared_platform_ends_with_its_context() -> None:
-    assert platform().name == "cpu"
-    with compiling_for("tpu", 4):
-        assert platform() == ("tpu", 4)
-    assert platform().name == "cpu"
+    with accelerators.compiling_for("tpu", 4):
+        assert not on_cpu() and not one_cpu() and compiler_options() == {}
+    with accelerators.compiling_for("cpu", 4):
+        assert on_cpu() and not one_cpu() and compiler_options(1)
+    assert jax.default_backend() == "cpu" and jax.device_count() == len(jax.devices())
 
 
 SIZES = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)}

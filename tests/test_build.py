@@ -241,8 +241,9 @@ def test_discrete_levels_are_trained_and_the_sde_is_evaluated() -> None:
     # DDPM's first level has the variance beta_min / 1000. There is no training below it.
     first = 0.0009164769655  # beta_min t + (beta_max - beta_min) t^2 / 2 = -log(1 - 1e-4)
     assert experiment.eval_eps == pytest.approx(first) and experiment.sampling_eps == 1e-3
-    assert not unseen_times({"config": config.to_dict()}, experiment.eval_eps)
-    (warning,) = unseen_times({"config": config.to_dict()}, 1e-5)
+    metadata = {"config": config.to_dict(), "smallest_time": experiment.eps}
+    assert not unseen_times(metadata, experiment.sde, experiment.eval_eps)
+    (warning,) = unseen_times(metadata, experiment.sde, 1e-5)
     assert warning.startswith("eval: ") and "--config.eval.smallest_time=0.000916" in warning
     for label in LABELS:
         config.score.label = label

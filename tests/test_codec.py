@@ -1,5 +1,6 @@
 """Coded images come back exactly, and their length is the bound of the chain that codes them."""
 
+import dataclasses
 import functools
 import math
 import struct
@@ -18,6 +19,7 @@ from sbml.codec import Chain, Codec, CodedFileError, bits_back, chain, compress,
 from sbml.codec import stack as stacks
 from sbml.codec.file import DamagedStacksError
 from sbml.likelihood import bound, discrete
+from sbml.score import from_prediction
 from sbml.sdes import VP
 
 LEVELS, SHAPE = 16, (2, 3, 1)
@@ -225,6 +227,15 @@ def test_files_are_exact_for_any_number_of_images(data: Any, n: int) -> None:
     assert compress(c, pixels) == content
 
 
+def test_a_network_without_a_decoder_of_its_own_has_that_of_bayes_rule() -> None:
+    plain = codec("centre", lanes=2)
+    noise = from_prediction(lambda x, t: -VP().std(t) * score(x, t, None), "noise", VP())
+    network = dataclasses.replace(plain, score=noise)
+    z = np.random.default_rng(0).normal(size=(2, 6))
+    found, expected = (each._level_probabilities(z, 0) for each in (network, plain))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_an_image_that_the_model_finds_impossible_is_coded_too() -> None:
     tight = Codec(
         lambda x, t, key: -(x - 0.9 * VP().mean_coef(t)) / VP().std(t) ** 2,
@@ -241,7 +252,8 @@ def test_an_image_that_the_model_finds_impossible_is_coded_too() -> None:
 def test_a_stopped_encoding_and_decoding_continue_to_the_same_bytes() -> None:
     c, pixels = codec("centre", steps=6), images(11)
     states = list(bits_back.encode(c, pixels, bits_back.first_state(c)))
-    stored = bits_back.State.of_arrays({k: np.asarray(v) for k, v in states[0]._asdict().items()})
+    arrays = {name: np.asarray(value) for name, value in states[0]._asdict().items()}
+    stored = bits_back.first_state(c)._replace(**arrays)
     *_, last = bits_back.encode(c, pixels, stored)
     np.testing.assert_array_equal(last.words, states[-1].words)
     first, *_ = bits_back.decode(c, 11, bits_back.last_state(c, 11, last.stacks))

@@ -17,7 +17,6 @@ from sbml.program.config.compatibility import (
 )
 from sbml.program.evaluation import cells
 from sbml.program.modes import eval as evaluate
-from sbml.sdes import SDES
 
 
 @pytest.mark.parametrize("sde", ["vp", "subvp", "ve", "linear_gamma"])
@@ -41,13 +40,13 @@ def test_bin_centres_are_trained_from_where_they_are_evaluated(sde: str, tau: fl
     # The evaluation begins there, and training draws its times from there on.
     assert centred.discrete_eps == centred.eval_eps == eps == centred.proposal.eps
     assert spread.discrete_eps == pytest.approx(eps)
-    assert not unseen_times(centred.provenance(centred.images("train")), centred.discrete_eps)
+    metadata = centred.provenance(centred.images("train"))
+    assert not unseen_times(metadata, centred.sde, centred.discrete_eps)
     config.training.smallest_time = 1e-3
     assert build.Experiment(config).adapter.eps == 1e-3
 
 
 def test_a_checkpoint_is_read_with_the_smallest_time_it_was_trained_with() -> None:
-    """A model of bin centres that stores no smallest time was trained with the paper's."""
     config = tiny.get_config()
     config.data.dequantization = "centre"
     experiment = build.Experiment(config)
@@ -62,21 +61,13 @@ def test_a_checkpoint_is_read_with_the_smallest_time_it_was_trained_with() -> No
     check_score(experiment.config, {**now, "smallest_time": now["smallest_time"] * (1 + 1e-6)})
     with pytest.raises(ValueError, match="training.smallest_time is"):
         check_score(experiment.config, {**now, "smallest_time": now["smallest_time"] * (1 + 1e-4)})
-    earlier = {name: value for name, value in now.items() if name != "smallest_time"}
+    papers = {**now, "smallest_time": 1e-5}
     with pytest.raises(ValueError, match=r"set --config.training.smallest_time=1e-5"):
-        check_score(experiment.config, earlier)
-    assert not unseen_times(earlier, 1e-5) and unseen_times(now, 1e-5)
+        check_score(experiment.config, papers)
+    assert not unseen_times(papers, experiment.sde, 1e-5)
+    assert unseen_times(now, experiment.sde, 1e-5)
     config.training.smallest_time = 1e-5
-    check_score(build.Experiment(config).config, earlier)
-
-
-def test_the_process_of_a_checkpoint_has_its_own_numbers() -> None:
-    """The numbers in its config are used, and not the defaults of the class."""
-    config = tiny.get_config()
-    config.sde.update(name="ve", sigma_min=0.3)
-    metadata = {"config": build.Experiment(config).config.plain(), "smallest_time": None}
-    sde, _, _ = compatibility._noise(metadata)
-    assert sde == SDES["ve"](sigma_min=0.3)
+    check_score(build.Experiment(config).config, papers)
 
 
 def test_an_integer_denoiser_is_read_with_the_data_it_was_trained_on() -> None:

@@ -189,6 +189,21 @@ def test_a_damaged_file_gives_back_the_images_of_the_other_lanes(
 
 
 @pytest.mark.slow
+def test_a_model_of_bin_centres_without_a_decoder_is_coded_by_the_categorical_one(
+    tmp_path: Path,
+) -> None:
+    centres = config(num_images=6)
+    centres.data.dequantization = "centre"
+    for mode in (train, compress, decompress):
+        runs.mode(mode.run, centres, tmp_path)
+    said = read_json(tmp_path / CODEC, "")
+    assert said["restored"] == 6
+    # A path has a noise of its own: the variance of a log-ratio is about twice its mean, in nats.
+    noise = np.sqrt(2 * said["bound"] * 64 * np.log(2) / 6) / (64 * np.log(2))
+    assert abs(said["net"] - said["bound"]) < 4 * np.hypot(noise, said["bound_stderr"])
+
+
+@pytest.mark.slow
 def test_another_checkpoint_is_refused(coded: Path, tmp_path: Path) -> None:
     other = config()
     other.training.num_steps = 1

@@ -61,7 +61,7 @@ def test_a_value_of_a_wrong_type_in_a_checkpoint_is_named_with_its_folder(
     monkeypatch.setattr(Checkpoints, "steps", lambda self: [1])
     for name in names:
         fields = {k: v for k, v in FLAT.items() if not k.startswith(f"{name}.")} | {name: wrong}
-        stored = {"config": unflatten_dict(fields, sep="."), "data": None}
+        stored = {"config": unflatten_dict(fields, sep="."), "data": None, "smallest_time": 1e-5}
         monkeypatch.setattr(
             checkpoint, "_manifest", lambda _, m=stored: {"metadata": m, "leaves": []}
         )

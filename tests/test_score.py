@@ -25,6 +25,7 @@ from sbml import likelihood, losses, samplers
 from sbml.audit import oracle
 from sbml.core.types import Array, Key, batch_score
 from sbml.density import Density
+from sbml.dequantizers.decoders import Learned
 from sbml.likelihood import bound, ode
 from sbml.score import (
     FOREIGN,
@@ -543,8 +544,9 @@ def test_only_an_integer_denoiser_of_bin_centres_decodes() -> None:
         Adapter(Logits(5), VP(), "levels", data="uniform", **options)({}),
         Adapter(Net(), VP())(PARAMS),
     ):
-        with pytest.raises(ValueError, match="has no learned decoder: train with"):
-            other.decoder_nats(y, t, k)
+        assert other.decoder_nats is other.decoder_log_p is None
+        with pytest.raises(ValueError, match="has no learned decoder, .*: train with"):
+            Learned().noise(other, 5)
     with pytest.raises(ValueError, match="Net has no field outputs"):
         Adapter(Net(), VP(), "levels", levels=5)
     with pytest.raises(ValueError, match="levels is 0:.* give an integer of at least 2"):

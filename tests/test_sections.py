@@ -433,14 +433,16 @@ def test_a_field_that_a_section_would_hide_is_refused_by_name(
 
 
 def test_checkpoints_of_other_versions_are_read_with_the_fields_they_have() -> None:
-    stored: dict[str, Any] = {
-        "sde": {"name": "subvp", "beta_min": 0.1, "beta_max": 20.0, "forgotten": 3},
-        "training": {"likelihood_weighting": True, "importance_sampling": True, "forgotten": [1]},
-        "data": {"source": "imagenet32:old", "shape": [32, 32, 3]},
-    }
-    assert compatibility.unseen_times({"config": stored}, 1e-2) == []
-    (warning,) = compatibility.unseen_times({"config": stored}, 1e-3)
-    assert "trained only from t=0.01 on" in warning
+    stored = Config().plain()
+    stored["sde"] = {"name": "vp", "beta_max": 20.0, "forgotten": 3}
+    stored["training"] |= {"forgotten": [1]}
+    metadata = {"config": stored, "smallest_time": 1e-5}
+    compatibility.check_training(Config(), metadata)
+    (warning,) = compatibility.unseen_times(metadata, sdes.VP(), 1e-6)
+    assert "trained only from t=1e-5 on" in warning
+    stored["sde"]["beta_max"] = 10.0
+    with pytest.raises(ValueError, match="config.sde.beta_max is 20.0, the checkpoint's is 10.0"):
+        compatibility.check_training(Config(), metadata)
     with pytest.raises(ValueError, match="config.training has no field forgotten: it has .* more"):
         Training(**stored["training"])
 

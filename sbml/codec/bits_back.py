@@ -38,7 +38,7 @@ import dataclasses
 import importlib.metadata
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Final, Literal, NamedTuple
 
@@ -47,7 +47,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbml.codec.chain import Chain
-from sbml.codec.stack import PRECISION, Coder, Normal, categorical, coder, uniform
+from sbml.codec.stack import PRECISION, Categorical, Coder, Normal, coder, uniform
 from sbml.core.types import Array, Batch, Score, batch_score, optional
 from sbml.likelihood import discrete
 
@@ -80,12 +80,13 @@ class Lanes:
             upper = stack.decode(model, len(pad)).astype(np.int64)
             stack.encode_reverse(((upper + pad) % 2**PRECISION).astype(np.int32), model)
 
-    def pop(self, by: Normal, width: float, mean: np.ndarray) -> np.ndarray:
-        """Numbers ``(n, d)`` on a grid, by distributions with ``mean (n, d)``."""
+    def pop(self, by: Normal | Categorical, width: float, mean: np.ndarray) -> np.ndarray:
+        """Numbers ``(n, d)`` on a grid, by distributions with ``mean (n, d)``, or by categorical
+        ones with these probabilities ``(n, d, L)``."""
         each = [by.pop(stack, m) for stack, m in zip(self.stacks, mean / width, strict=True)]
         return width * np.stack(each)
 
-    def push(self, by: Normal, width: float, z: np.ndarray, mean: np.ndarray) -> None:
+    def push(self, by: Normal | Categorical, width: float, z: np.ndarray, mean: np.ndarray) -> None:
         """Encode numbers ``z (n, d)`` of the grid."""
         values = np.rint(z / width).astype(np.int64)
         for stack, each, m in zip(self.stacks, values, mean / width, strict=True):
@@ -103,17 +104,6 @@ class Lanes:
         if size > 1:
             for stack, each in zip(self.stacks, values.astype(np.int32), strict=True):
                 stack.encode_reverse(each, uniform(size))
-
-    def pop_levels(self, p: np.ndarray) -> np.ndarray:
-        """A level for each row of the probabilities ``p (n, d, L)``, int64 ``(n, d)``."""
-        each = zip(self.stacks, p, strict=True)
-        found = [stack.decode(categorical(), q) for stack, q in each]
-        return np.stack(found).astype(np.int64)
-
-    def push_levels(self, levels: np.ndarray, p: np.ndarray) -> None:
-        """Encode ``levels (n, d)``, one for each row of ``p (n, d, L)``."""
-        for stack, each, q in zip(self.stacks, levels.astype(np.int32), p, strict=True):
-            stack.encode_reverse(each, categorical(), q)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,27 +131,17 @@ class Codec:
     @cached_property
     def _noise(self) -> Callable[[np.ndarray, int], np.ndarray]:
         """e(z_i, t_i) ``(lanes, d)`` of ``z (lanes, d)`` and i."""
-        sde, shape = self.chain.sde, (self.lanes, *self.shape)
 
-        @jax.jit
         def noise(score: Score, z: Batch, t: Array) -> Batch:
-            return -sde.std(t) * batch_score(score)(z, jnp.full(z.shape[:1], t), None)
+            return -self.chain.sde.std(t) * batch_score(score)(z, jnp.full(z.shape[:1], t), None)
 
-        score = _as_pytree(self.score)
-
-        def at(z: np.ndarray, i: int) -> np.ndarray:
-            t = jnp.asarray(self.chain.times[i], jnp.float32)
-            found = noise(score, jnp.asarray(z.reshape(shape), jnp.float32), t)
-            return np.asarray(found, np.float64).reshape(z.shape)
-
-        return at
+        return self._compiled(noise, np.float64)
 
     @cached_property
-    def _level_probabilities(self) -> Callable[[np.ndarray], np.ndarray]:
-        """p(k | z_0) ``(lanes, d, L)`` of ``z_0 (lanes, d)``, for bin centres."""
-        sde, levels, shape = self.chain.sde, self.levels, (self.lanes, *self.shape)
+    def _level_probabilities(self) -> Callable[[np.ndarray, int], np.ndarray]:
+        """p(k | z_i) ``(lanes, d, L)`` of ``z (lanes, d)`` and i, for bin centres."""
+        sde, levels = self.chain.sde, self.levels
 
-        @jax.jit
         def probabilities(score: Score, z: Batch, t: Array) -> Array:
             def one(z: Array) -> Array:
                 y = z / sde.mean_coef(t)
@@ -172,12 +152,20 @@ class Codec:
 
             return jnp.exp(jax.vmap(one)(z))
 
-        score = _as_pytree(self.score)
+        return self._compiled(probabilities, np.float32)
 
-        def at(z: np.ndarray) -> np.ndarray:
-            t = jnp.asarray(self.chain.times[0], jnp.float32)
-            found = probabilities(score, jnp.asarray(z.reshape(shape), jnp.float32), t)
-            return np.asarray(found, np.float32).reshape(*z.shape, levels)
+    def _compiled(
+        self, function: Callable[[Score, Batch, Array], Array], dtype: type
+    ) -> Callable[[np.ndarray, int], np.ndarray]:
+        """``function(score, z, t_i)`` of ``z (lanes, d)`` and i, compiled."""
+        run, score = jax.jit(function), self.score
+        if jax.tree_util.all_leaves([score]):  # An argument of ``jit`` must be a pytree.
+            score = jax.tree_util.Partial(score)
+
+        def at(z: np.ndarray, i: int) -> np.ndarray:
+            images = jnp.asarray(z.reshape(self.lanes, *self.shape), jnp.float32)
+            found = run(score, images, jnp.asarray(self.chain.times[i], jnp.float32))
+            return np.asarray(found, dtype).reshape(*z.shape, *found.shape[images.ndim :])
 
         return at
 
@@ -231,7 +219,7 @@ class Codec:
         z = np.random.RandomState(0).normal(size=(self.lanes, self.dims))
         outputs = [self._noise(z, i) for i in (0, self.chain.steps // 2, self.chain.steps)]
         if self.data == CENTRE:
-            outputs.append(self._level_probabilities(z))
+            outputs.append(self._level_probabilities(z, 0))
         return zlib.crc32(b"".join(np.ascontiguousarray(each).tobytes() for each in outputs))
 
     @property
@@ -290,7 +278,8 @@ class Codec:
         x = self._point(cell)
         lanes.scramble(pads[0])
         z = lanes.pop(self._forward[0], self.widths[0], chain.forward_mean(0, x))
-        self._push_image(lanes, z, cell)
+        by, parameters = self._image_given(lanes, z)
+        lanes.push(by, 1, cell, parameters)
         for i in range(1, chain.steps + 1):
             lanes.scramble(pads[i])
             above = lanes.pop(self._forward[i], self.widths[i], chain.forward_mean(i, z))
@@ -311,7 +300,8 @@ class Codec:
             lanes.push(self._forward[i], self.widths[i], z, chain.forward_mean(i, below))
             lanes.scramble(-pads[i])
             z = below
-        cell = self._pop_image(lanes, z)
+        by, parameters = self._image_given(lanes, z)
+        cell = lanes.pop(by, 1, parameters)
         k = cell // self.cells
         mean = chain.forward_mean(0, self._point(cell))
         lanes.push(self._forward[0], self.widths[0], z, mean)
@@ -325,39 +315,21 @@ class Codec:
         """The centres of cells, in the model's scale."""
         return (2 * cell + 1) / (self.levels * self.cells) - 1
 
-    def _cell_mean(self, lanes: Lanes, z: np.ndarray) -> np.ndarray:
-        """x^(z_0), in cells."""
+    def _image_given(self, lanes: Lanes, z: np.ndarray) -> tuple[Normal | Categorical, np.ndarray]:
+        """p(x | z_0) of the cells of x: the distribution and its parameters."""
+        if self.data == CENTRE:
+            return Categorical(), self._of(self._level_probabilities, lanes, z, 0)
         noise = self._of(self._noise, lanes, z, 0)
         x = (z - self.chain.sigma[0] * noise) / self.chain.alpha[0]
-        return ((x + 1) * self.levels * self.cells - 1) / 2
-
-    def _push_image(self, lanes: Lanes, z: np.ndarray, cell: np.ndarray) -> None:
-        """Push the cells of x by p(x | z_0)."""
-        if self.data == CENTRE:
-            lanes.push_levels(cell, self._of(self._level_probabilities, lanes, z))
-        else:
-            lanes.push(self._cell, 1, cell, self._cell_mean(lanes, z))
-
-    def _pop_image(self, lanes: Lanes, z: np.ndarray) -> np.ndarray:
-        """The cells of x by p(x | z_0), ``(n, d)``."""
-        if self.data == CENTRE:
-            return lanes.pop_levels(self._of(self._level_probabilities, lanes, z))
-        return lanes.pop(self._cell, 1, self._cell_mean(lanes, z))
+        return self._cell, ((x + 1) * self.levels * self.cells - 1) / 2
 
     def _of(
-        self, function: Callable[..., np.ndarray], lanes: Lanes, z: np.ndarray, *level: int
+        self, function: Callable[..., np.ndarray], lanes: Lanes, z: np.ndarray, i: int
     ) -> np.ndarray:
-        """``function`` of the batch of all lanes; a lane without an image gets zeros."""
+        """``function`` of the batch of all lanes and i; a lane without an image gets zeros."""
         batch = np.zeros((self.lanes, self.dims))
         batch[lanes.rows] = z
-        return function(batch, *level)[lanes.rows]
-
-
-def _as_pytree(score: Score) -> Score:
-    """``score``, or a plain function as a pytree without leaves, to be an argument of ``jit``."""
-    leaves = jax.tree.leaves(score)
-    plain = len(leaves) == 1 and leaves[0] is score
-    return jax.tree_util.Partial(score) if plain else score
+        return function(batch, i)[lanes.rows]
 
 
 class State(NamedTuple):
@@ -381,12 +353,6 @@ class State(NamedTuple):
         """The state with the words ``stacks`` of each stack."""
         sizes = np.array([len(words) for words in stacks])
         return cls(number, np.concatenate(stacks), sizes, pixels)
-
-    @classmethod
-    def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "State":
-        """The state whose fields were stored as arrays."""
-        words, sizes, pixels = (arrays[name] for name in ("words", "sizes", "pixels"))
-        return cls(int(arrays["number"]), words, sizes, pixels)
 
     @property
     def stacks(self) -> list[np.ndarray]:

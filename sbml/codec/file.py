@@ -160,7 +160,7 @@ def packed(
         **_settings(codec),
         made_by=dict(made_by),
         words=[len(words) for words in state.stacks],
-        crc32=[crc32(words) for words in state.stacks],
+        crc32=[zlib.crc32(words.astype("<u4").tobytes()) for words in state.stacks],
         pixels_crc32=zlib.crc32(np.ascontiguousarray(pixels, np.uint8)),
     )
     return header, to_bytes(header, state.stacks)
@@ -186,11 +186,6 @@ def decompress(codec: Codec, content: bytes) -> np.ndarray:
     for after in bits_back.decode(codec, header.count, state):
         state = after
     return header.restored(codec, state)
-
-
-def crc32(words: np.ndarray) -> int:
-    """The CRC32 of the words of a stack."""
-    return zlib.crc32(words.astype("<u4").tobytes())
 
 
 def from_bytes(content: bytes, name: str = "the file") -> tuple[Header, list[np.ndarray | None]]:

@@ -15,7 +15,7 @@ import functools
 import importlib.util
 import math
 from types import ModuleType
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class Coder(Protocol):
 def coder(words: np.ndarray) -> Coder:
     """A coder of ``constriction`` with the bits ``words (n,)``, uint32, of which the last is not
     0."""
-    found: Coder = _constriction().stack.AnsCoder(np.ascontiguousarray(words, np.uint32))
+    found: Coder = constriction().stack.AnsCoder(np.ascontiguousarray(words, np.uint32))
     return found
 
 
@@ -53,35 +53,24 @@ def installed() -> bool:
     return importlib.util.find_spec("constriction") is not None
 
 
-def require() -> None:
-    """Raise a ValueError unless ``constriction`` is installed."""
-    _constriction()
-
-
-def _constriction() -> ModuleType:
+def constriction() -> ModuleType:
+    """The module ``constriction.stream``; a ValueError says that it is not installed."""
     try:
-        import constriction
+        from constriction import stream
     except ImportError:
         raise ValueError("the codec needs constriction: pip install 'sbml[codec]'") from None
-    found: ModuleType = constriction.stream
-    return found
+    return cast(ModuleType, stream)
 
 
 @functools.lru_cache(maxsize=4096)
 def _normals(reach: int) -> object:
-    return _constriction().model.QuantizedGaussian(-reach, reach)
+    return constriction().model.QuantizedGaussian(-reach, reach)
 
 
 @functools.cache
 def uniform(size: int) -> object:
     """The model of 0 .. size - 1 with equal probabilities."""
-    return _constriction().model.Uniform(size)
-
-
-@functools.cache
-def categorical() -> object:
-    """The family of models of integers, whose parameters are their probabilities."""
-    return _constriction().model.Categorical(perfect=False)
+    return constriction().model.Uniform(size)
 
 
 class Normal:
@@ -126,3 +115,18 @@ class Normal:
             stack.encode_reverse(more.astype(np.int32), uniform(FAR))
             offsets = np.clip(offsets, -self.reach - 1, self.reach + 1)
         stack.encode_reverse(offsets.astype(np.int32), self.family, *parameters)
+
+
+class Categorical:
+    """Integers by their probabilities ``p (d, L)``."""
+
+    def __init__(self) -> None:
+        self.family = constriction().model.Categorical(perfect=False)
+
+    def pop(self, stack: Coder, p: np.ndarray) -> np.ndarray:
+        """int64 ``(d,)``, one for each row of ``p``."""
+        return stack.decode(self.family, p).astype(np.int64)
+
+    def push(self, stack: Coder, values: np.ndarray, p: np.ndarray) -> None:
+        """Encode ``values (d,)``, int64."""
+        stack.encode_reverse(values.astype(np.int32), self.family, p)

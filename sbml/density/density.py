@@ -244,7 +244,7 @@ class Density(Distribution):
         data, log_det = in_scale(x)
         measured, target, by = data, Target(self.sde, self._eps), ""
         if _are_integers(x):
-            has_decoder = isinstance(self.score, NetworkScore) and self.score.has_decoder
+            has_decoder = isinstance(self.score, NetworkScore) and self.score.decoder_nats
             model, by = (decoders.Learned(), DECODER) if has_decoder else (uniform.Model(), UNIFORM)
             measured, target = np.asarray(x), Target(self.sde, self._eps, self.levels, model)
         reduction = Reduction()

@@ -53,7 +53,8 @@ class Learned(AtNoise):
         decoder = optional(score, "decoder_nats")
         if decoder is None:
             raise ValueError(
-                "the score has no method decoder_nats(y, t, pixels), which the learned decoder "
-                "needs: train an integer denoiser (score.parameterization=levels)"
+                "the score has no learned decoder, decoder_nats(y, t, pixels): train with "
+                "score.parameterization=levels and data.dequantization=centre, or evaluate another "
+                "dequantizer"
             )
         return discrete.Categorical(levels, decoder)

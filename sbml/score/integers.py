@@ -196,7 +196,8 @@ def _log_density(components: Components, centre: Array) -> Array:
     """l_k, up to a constant, of the levels at ``centre (m, *s)`` or ``(m, 1, ..., 1)``."""
     log_w, mu, scale = (c[None] for c in components)
     each = log_w - jnp.log(scale) - 0.5 * ((centre[:, None] - mu) / scale) ** 2
-    return _log_sum_exp(each, 1)
+    largest = jax.lax.stop_gradient(jnp.max(each, 1, keepdims=True))
+    return largest[:, 0] + jnp.log(jnp.sum(jnp.exp(each - largest), 1))
 
 
 def _integral(components: Components, y: Array, rho: Array) -> Array:
@@ -224,12 +225,6 @@ def _components(out: Array, y: Array, rho: Array, levels: int) -> Components:
     # mass there still has enough digits.
     softplus = jnp.log(1 + jnp.exp(jnp.minimum(log_scale + 0.5, WIDEST / 0.4)))
     return jax.lax.optimization_barrier((log_w, mu, 2 / levels + 0.4 * unit * softplus))
-
-
-def _log_sum_exp(x: Array, axis: int) -> Array:
-    """log of the sum of exp(x) over ``axis``, which is finite if every x is finite."""
-    largest = jax.lax.stop_gradient(jnp.max(x, axis, keepdims=True))
-    return jnp.squeeze(largest, axis) + jnp.log(jnp.sum(jnp.exp(x - largest), axis))
 
 
 def _first(v: Array, y: Array) -> Array:

@@ -234,33 +234,28 @@ class NetworkScore:
         return one
 
     @property
-    def has_decoder(self) -> bool:
-        """Whether it is an integer denoiser of bin centres."""
-        return self.how.parameterization == LEVELS and self.how.data == "centre"
+    def decoder_nats(self) -> Callable[[Example, Scalar, Pixels], Scalar] | None:
+        """-log p(pixels | x_t) of one example, x_t = alpha y, as a function of y, t and the pixels:
+        nats, a scalar. None unless the network is an integer denoiser of bin centres."""
+        return self._decoder(integers.decoder_nats)
 
-    def decoder_nats(self, y: Example, t: Scalar, pixels: Pixels) -> Scalar:
-        """-log p(pixels | x_t) of one example of bin centres, x_t = alpha y: nats, a scalar."""
-        out, rho = self._decoder(y, t)
-        return integers.decoder_nats(out, y, rho, pixels, self.how.levels)
+    @property
+    def decoder_log_p(self) -> Callable[[Example, Scalar], Array] | None:
+        """log p(k | x_t) of all levels k in nats, ``(*s, levels)``, as :attr:`decoder_nats`."""
+        return self._decoder(integers.decoder_log_p)
 
-    def decoder_log_p(self, y: Example, t: Scalar) -> Float[Array, "..."]:
-        """log p(k | x_t) of all levels k for one example of bin centres, x_t = alpha y, in nats:
-        ``(*s, levels)``."""
-        out, rho = self._decoder(y, t)
-        return integers.decoder_log_p(out, y, rho, self.how.levels)
+    def _decoder(self, formula: Callable[..., Array]) -> Callable[..., Array] | None:
+        """``formula`` of the network's outputs for x_t = alpha y; None without a decoder."""
+        if (self.how.parameterization, self.how.data) != (LEVELS, "centre"):
+            return None
 
-    def _decoder(self, y: Example, t: Scalar) -> tuple[Array, Scalar]:
-        """The network's outputs for x_t = alpha y, and rho = sigma / alpha."""
-        kind, data = self.how.parameterization, self.how.data
-        if not self.has_decoder:
-            raise ValueError(
-                f"a score with parameterization={kind!r} of data={data!r} has no learned decoder: "
-                "train with score.parameterization=levels and data.dequantization=centre, or "
-                "evaluate another dequantizer"
-            )
-        alpha = self.sde.mean_coef(t)
-        outputs = self.how.outputs(self.params, (alpha * y)[None], t[None], self.condition, None)
-        return outputs[0], self.sde.std(t) / alpha
+        def at(y: Example, t: Scalar, *pixels: Pixels) -> Array:
+            alpha = self.sde.mean_coef(t)
+            x = (alpha * y)[None]
+            (out,) = self.how.outputs(self.params, x, t[None], self.condition, None)
+            return formula(out, y, self.sde.std(t) / alpha, *pixels, self.how.levels)
+
+        return at
 
     def _of(self, x: Batch, t: Vector, key: Key | None, *formulas: Formula) -> tuple[Batch, ...]:
         """The value of each formula, ``(n, *s)``, by one call of the network."""

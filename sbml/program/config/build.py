@@ -129,7 +129,7 @@ class Experiment:
     @part
     def _first(self) -> float:
         """The smallest time at which the network sees images in training."""
-        return smallest_trained_time(self.sde, self.config.training, self.eps)
+        return smallest_trained_time(self.sde, self.config.training.discrete_levels, self.eps)
 
     @part
     def eval_eps(self) -> float:

@@ -6,7 +6,6 @@ directory has a file ``architecture.json`` with the fields that fit it. They rep
 the config (:func:`of_workdir`).
 """
 
-import dataclasses
 import functools
 import math
 
@@ -18,14 +17,12 @@ from sbml.core.door import brief
 from sbml.core.scalars import notation
 from sbml.core.types import Json
 from sbml.program.config.config import Config, parts_in
-from sbml.program.config.data import Data
-from sbml.program.config.fields import Section, plain
-from sbml.program.config.score import Process
-from sbml.program.config.training import Training, smallest_time, smallest_trained_time
+from sbml.program.config.fields import plain
+from sbml.program.config.training import smallest_time, smallest_trained_time
 from sbml.program.runtime.checkpoint import OtherModelError
 from sbml.program.runtime.workdir import ARCHITECTURE, Workdir
 from sbml.score import LEVELS
-from sbml.sdes import SDE, SDES
+from sbml.sdes import SDE
 
 Metadata = Json
 Sections = dict[str, Json]
@@ -106,33 +103,6 @@ def _refuse(different: list[Difference], otherwise: str = "") -> None:
         )
 
 
-def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
-    """The forward process, the training settings and the smallest time of a checkpoint.
-
-    A converted checkpoint does not store its smallest time. Such a model was trained with the
-    paper's smallest time, also if it was trained on bin centres.
-    """
-    stored = metadata["config"]
-    try:
-        numbers = [field.name for field in dataclasses.fields(SDES[stored["sde"]["name"]])]
-        # A checkpoint of another version may have other fields. The SDE is that of the config, but
-        # the source of the training data can be anything, and is not needed.
-        known: dict[type[Section], Json] = {
-            kind: {
-                name: value
-                for name, value in stored[kind.section].items()
-                if name != "source"
-                and (name in kind.model_fields or (kind is Process and name in numbers))
-            }
-            for kind in (Process, Training, Data)
-        }
-        sde, training = Process(**known[Process]).build(), Training(**known[Training])
-        data, eps = Data(**known[Data]), metadata.get("smallest_time")
-        return sde, training, smallest_time(sde, training, data, math.inf) if eps is None else eps
-    except ValueError as error:
-        raise OtherModelError(f"the checkpoint is of another model: {error}") from error
-
-
 def check_score(config: Config, metadata: Metadata) -> None:
     """Check that the parameters of a checkpoint give the same score with ``config``.
 
@@ -147,7 +117,7 @@ def check_score(config: Config, metadata: Metadata) -> None:
     _refuse(different)
     tau = config.eval.tau or math.inf
     eps = smallest_time(config.sde.build(), config.training, config.data, tau)
-    _, _, trained_eps = _noise(metadata)
+    trained_eps = metadata["smallest_time"]
     # The time may be a result of float32 arithmetic, which rounds differently on another device.
     if not math.isclose(eps, trained_eps, rel_tol=1e-5):
         may = "; eval.smallest_time and sampling.smallest_time may differ"
@@ -170,13 +140,15 @@ def check_dequantizer(config: Config, metadata: Metadata) -> None:
     _refuse(different, ", or move the folder dequantizer/ away to train another one")
 
 
-def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[str]:
-    """A warning if ``eps`` is below the smallest time of the checkpoint's training.
+def unseen_times(metadata: Metadata, sde: SDE, eps: float, section: str = "eval") -> list[str]:
+    """A warning if ``eps`` is below the smallest time of the checkpoint's training, whose forward
+    process is ``sde``.
 
     ``section`` is the section of the config whose ``smallest_time`` is ``eps``: "eval" or
     "sampling".
     """
-    first = smallest_trained_time(*_noise(metadata))
+    levels = metadata["config"]["training"]["discrete_levels"]
+    first = smallest_trained_time(sde, levels, metadata["smallest_time"])
     if eps >= 0.99 * first:  # A smaller difference may be rounding.
         return []
     begin, known = (notation(value, ".3g") for value in (eps, first))

@@ -221,13 +221,12 @@ def discrete_time(sde: SDE, levels: int, eps: Number, tau: float) -> Number:
     return sde.check_time(found, f"eval.tau={notation(tau)} gives smallest time eps")
 
 
-def smallest_trained_time(sde: SDE, training: Training, eps: float) -> float:
+def smallest_trained_time(sde: SDE, levels: int, eps: float) -> float:
     """The smallest time t at which the network sees images in training.
 
     In continuous time it is ``eps``. In discrete time it is the time with the log-SNR of the first
-    noise level, or ``eps`` if that is later.
+    of the noise ``levels``, or ``eps`` if that is later.
     """
-    levels = training.discrete_levels
     if not levels:
         return eps
     return max(eps, float(sde.time(sde.levels(levels).log_snr(jnp.zeros(())))))

@@ -148,6 +148,7 @@ def store(
         lines.append(f"not stored in the checkpoint, therefore taken from --config: {said}")
     plain["data"]["dequantization"] = dequantization
     about = {"config": plain, "data": None, "versions": versions()}
+    about["smallest_time"] = experiment.eps
     # Everything is checked before anything is written, so that no half conversion is left behind.
     state = _state(jax.eval_shape(experiment.init_state), theirs)
     parts: list[tuple[Loop, ForeignState, TrainState, Json]]

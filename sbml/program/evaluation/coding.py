@@ -11,7 +11,6 @@ from PIL import ExifTags, Image
 from sbml.codec import Chain, Codec
 from sbml.codec.chain import pilot
 from sbml.codec.file import as_integers
-from sbml.codec.stack import require
 from sbml.core import bits
 from sbml.core.streams import stream
 from sbml.core.types import optional
@@ -56,11 +55,8 @@ def encoder_chain(evaluation: Evaluation) -> Chain:
 def bound_of(
     evaluation: Evaluation, codec: Codec, pixels: np.ndarray, *, continuous: bool = False
 ) -> Estimate:
-    """The bound on -log2 P of ``pixels (n, *shape)`` in bits/dim.
-
-    It is the bound in the steps of ``codec``, or with ``continuous`` the one in continuous time. It
-    is computed by the functions of an evaluation.
-    """
+    """The bound on -log2 P of ``pixels (n, *shape)`` in bits/dim, by the functions of an
+    evaluation: in the steps of ``codec``, or with ``continuous`` in continuous time."""
     experiment, config = evaluation.experiment, evaluation.experiment.config.eval.bound
     name, eps = "uniform", codec.chain.eps
     if codec.data == "centre":
@@ -160,13 +156,3 @@ def write_folder(folder: Path, pixels: np.ndarray, ids: np.ndarray, levels: int)
     files = files_of(folder, len(pixels))
     for number in ids:
         _picture(pixels[number], levels).save(files[number])
-
-
-def check(mode: str) -> None:
-    """Check that the coder is installed, and that there is only one process.
-
-    Each lane has a stack of its own, and one process works on all of them.
-    """
-    require()
-    if jax.process_count() > 1:
-        raise ValueError(f"--mode={mode} works in one process: leave out --coordinator")

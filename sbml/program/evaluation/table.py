@@ -112,7 +112,7 @@ def cautions(of: Evaluation, dequantizations: Mapping[str, Dequantization]) -> l
     trained_on = metadata["config"]["data"]["dequantization"]
     found = [f"damaged, so an older checkpoint was taken: {r}" for r in restored.damaged]
     found += compatibility.other_data(metadata, train)
-    found += compatibility.unseen_times(metadata, of.experiment.eval_eps)
+    found += compatibility.unseen_times(metadata, of.experiment.sde, of.experiment.eval_eps)
     if trained_on == "none":
         found.append(
             "the model was trained on k / (levels - 1) without dequantization, and is evaluated "

@@ -4,9 +4,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from absl import logging
 
-from sbml.codec import CodedFileError, bits_back, file
+from sbml.codec import CodedFileError, bits_back, file, stack
 from sbml.core.progress import Bar
 from sbml.program.config.build import Experiment
 from sbml.program.config.trained import Trained
@@ -18,9 +19,12 @@ from sbml.program.runtime.workdir import CODEC, IMAGES, Workdir
 
 
 def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
-    """Check that the model has no classes, the coder is installed, and there is one process."""
+    """Check that the model has no classes, the coder is installed, and there is one process, which
+    works on the stacks of all lanes."""
     experiment.refuse_classes("compress")
-    coding.check("compress")
+    stack.constriction()
+    if jax.process_count() > 1:
+        raise ValueError("a codec works in one process: leave out --coordinator")
 
 
 def run(trained: Trained, preemption: Preemption, source: str = "") -> Workdir:
@@ -55,8 +59,7 @@ def run(trained: Trained, preemption: Preemption, source: str = "") -> Workdir:
                 "move it to another folder, or remove it"
             )
     resumable = Resumable(workdir / "codec", "encode", header.model_dump(), preemption)
-    stored = resumable.load()
-    state = bits_back.State.of_arrays(stored) if stored else first
+    state = first._replace(**resumable.load())
     initial, done = 32 * codec.initial_words * lanes, min(state.number * lanes, len(pixels))
     with Bar("compress", "image", len(pixels), done) as bar:
         for after in bits_back.encode(codec, pixels, state):

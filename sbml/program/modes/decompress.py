@@ -1,7 +1,6 @@
 """Restores the images of a file: ``--mode=decompress [--source=FILE] [--to=FOLDER]``."""
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +9,12 @@ from absl import logging
 from sbml.codec import Chain, bits_back, file
 from sbml.codec.file import CodedFileError, DamagedStacksError
 from sbml.core.progress import Bar
-from sbml.program.config.build import Experiment
 from sbml.program.config.trained import Trained
 from sbml.program.evaluation import coding
+from sbml.program.modes.compress import check as check
 from sbml.program.runtime.parts import Resumable
 from sbml.program.runtime.preemption import Preemption
 from sbml.program.runtime.workdir import CODEC, IMAGES, RESTORED, Workdir
-
-
-def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
-    """Check that the coder is installed, and that there is only one process."""
-    coding.check("decompress")
 
 
 def run(trained: Trained, preemption: Preemption, source: str = "", to: str = "") -> Workdir:
@@ -49,9 +43,7 @@ def run(trained: Trained, preemption: Preemption, source: str = "", to: str = ""
     missing = [lane for lane, words in enumerate(stacks) if words is None]
     identity = {**header.model_dump(), "missing": missing}
     resumable = Resumable(workdir / "codec", "decode", identity, preemption)
-    stored = resumable.load()
-    first = bits_back.last_state(codec, header.count, stacks)
-    state = bits_back.State.of_arrays(stored) if stored else first
+    state = bits_back.last_state(codec, header.count, stacks)._replace(**resumable.load())
     with Bar("decompress", "image", header.count, len(state.pixels)) as bar:
         for after in bits_back.decode(codec, header.count, state):
             state = after

@@ -58,7 +58,8 @@ def run(trained: Trained, preemption: Preemption) -> Workdir:
     """
     experiment, workdir = trained.experiment, trained.workdir
     config, eps = experiment.config.sampling, experiment.sampling_eps
-    for warning in compatibility.unseen_times(trained.restored.metadata, eps, "sampling"):
+    metadata = trained.restored.metadata
+    for warning in compatibility.unseen_times(metadata, experiment.sde, eps, "sampling"):
         logging.warning(warning)
     # Pixels are integers, so they are drawn in the precision of the device, which is faster.
     with jax.default_matmul_precision(None):

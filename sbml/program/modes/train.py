@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from sbml.core.platform import platform
+from sbml.core.platform import on_cpu
 from sbml.core.progress import Bar
 from sbml.core.streams import stream
 from sbml.data import VALIDATION, Examples, ImageSet, prefetch, train_batches
@@ -375,7 +375,7 @@ def _in_flight() -> int:
     On CPU it is 0: the call of a step returns after its computation (``runtime.cpu``), so reading
     losses later would save no time, and the measured times would be wrong.
     """
-    return 0 if platform().name == "cpu" else 2
+    return 0 if on_cpu() else 2
 
 
 def _passed(done: int, stride: int, every: int) -> bool:

@@ -18,7 +18,7 @@ import sys
 
 import jax
 
-from sbml.core.platform import platform
+from sbml.core.platform import on_cpu
 
 # Parameters of glibc's mallopt (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -32,7 +32,7 @@ def settle() -> None:
     computes or the C library is not glibc.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if platform().name != "cpu" or sys.platform != "linux":
+    if not on_cpu() or sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -71,7 +71,7 @@ class Resumable:
         self.path = epath.Path(root) / f"{name}_{_digest(identity)}.npz"
         self._written, self._preemption = time.monotonic(), preemption
 
-    def load(self) -> dict[str, np.ndarray]:
+    def load(self) -> dict[str, Any]:
         """The last state that was stored; {} if there is none."""
         return intact_npz(self.path) or {}
 

@@ -18,8 +18,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sbml.core.platform import compiler_options
-from sbml.core.types import PyTree
-from sbml.program.runtime.state import TrainState, Update, make_step, several
+from sbml.core.types import Key, PyTree
+from sbml.program.runtime.state import TrainState, Update, make_step
 
 Tree = TypeVar("Tree")  # a pytree of arrays
 
@@ -119,21 +119,20 @@ def initial_state(
     return jax.jit(init, out_shardings=where, compiler_options=compiler_options(0))()
 
 
-def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A global array from ``array``, of which every process holds a whole copy."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
 def split(tree: PyTree) -> PyTree:
     """Global arrays from ``tree``, of which every process holds a whole copy, with equal parts on
     all devices."""
     where = batch_sharding(data_mesh())
-    return jax.tree.map(lambda array: put(array, where), tree)
+
+    def placed(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+    return jax.tree.map(placed, tree)
 
 
-def round_up(size: int, devices: int | None = None) -> int:
-    """The smallest multiple of ``devices``, by default all of them, that is at least ``size``."""
-    devices = devices or jax.device_count()
+def round_up(size: int) -> int:
+    """The smallest multiple of the number of devices that is at least ``size``."""
+    devices = jax.device_count()
     return -(-size // devices) * devices
 
 
@@ -202,18 +201,22 @@ def compiled_step(
       update: what a step computes.
       mesh: the devices.
       state: the state or its shapes, with shardings; the new state has the same shardings.
-      steps_per_dispatch: the number of steps in one call; if it is more than 1, the batches are
-        stacked along a leading axis.
+      steps_per_dispatch: the number of steps in one call; if it is more than 1, the batches and
+        the metrics are stacked along a leading axis.
       shard_state: whether ``state`` is split over the devices (:func:`abstract`).
     """
     if shard_state:
         optimizer = partitioned(update.optimizer, mesh)
         update = dataclasses.replace(update, optimizer=optimizer)
-    step, stacked = make_step(update), steps_per_dispatch > 1
+    one, stacked = make_step(update), steps_per_dispatch > 1
+
+    def several(state: TrainState, batches: PyTree, key: Key, frozen: PyTree) -> PyTree:
+        return jax.lax.scan(lambda state, batch: one(state, batch, key, frozen), state, batches)
+
     placement = jax.tree.map(lambda leaf: leaf.sharding, state)
     whole, split = replicated(mesh), batch_sharding(mesh, axis=int(stacked))
     return jax.jit(
-        several(step) if stacked else step,
+        several if stacked else one,
         in_shardings=(placement, split, whole, whole),
         out_shardings=(placement, whole),
         donate_argnums=0,

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from sbml.core.platform import platform
+from sbml.core.platform import on_cpu
 from sbml.core.types import Array, Key, PyTree
 
 Params = TypeVar("Params")
@@ -99,7 +99,7 @@ def value_and_grad(
     zero = jax.tree.map(jnp.zeros_like, params)
     # (n, ...) -> (accumulate, n / accumulate, ...), interleaved: each device keeps its rows.
     parts = jax.tree.map(lambda a: a.reshape(-1, accumulate, *a.shape[1:]).swapaxes(0, 1), draws)
-    unroll = accumulate if platform().name == "cpu" else 1
+    unroll = accumulate if on_cpu() else 1
     grads, losses = jax.lax.scan(add, zero, parts, unroll=unroll)
     return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1), losses), grads
 
@@ -154,18 +154,3 @@ def make_step(update: Update) -> Step:
         return new, {"loss": mean(losses), "grad_norm": optax.tree.norm(grads)}
 
     return step
-
-
-def several(step: Step) -> Step:
-    """``step`` over batches that are stacked along a leading axis, in one dispatch.
-
-    The metrics are stacked in the same way. This saves dispatch overhead on accelerators and is
-    slower on CPU (see :func:`value_and_grad`).
-    """
-
-    def steps(
-        state: TrainState, batches: PyTree, base_key: Key, frozen: PyTree
-    ) -> tuple[TrainState, Metrics]:
-        return jax.lax.scan(lambda s, b: step(s, b, base_key, frozen), state, batches)
-
-    return steps

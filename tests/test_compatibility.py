@@ -118,8 +118,9 @@ def test_a_checkpoint_with_other_bins_of_times_or_optimizer_is_named_by_the_fiel
     images, long = experiment.images("train"), "a" * 3000
     metadata["config"]["optim"]["name"] = long
     metadata["data"] = {**metadata["data"], "sha256": long}
-    told = compatibility.other_data(metadata, images)
-    told += [*changed_settings(metadata, experiment.provenance(images), ""), str(said.value)]
+    ours = experiment.provenance(images)
+    told = compatibility.other_data(metadata, ours)
+    told += [*changed_settings(metadata, ours, ""), str(said.value)]
     assert len(told) == 3 and max(map(len, told)) < 250, told
 
 

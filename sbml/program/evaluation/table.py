@@ -111,7 +111,7 @@ def cautions(of: Evaluation, dequantizations: Mapping[str, Dequantization]) -> l
     restored, metadata = trained.restored, trained.restored.metadata
     trained_on = metadata["config"]["data"]["dequantization"]
     found = [f"damaged, so an older checkpoint was taken: {r}" for r in restored.damaged]
-    found += compatibility.other_data(metadata, train)
+    found += compatibility.other_data(metadata, of.experiment.provenance(train))
     found += compatibility.unseen_times(metadata, of.experiment.eval_eps)
     if trained_on == "none":
         found.append(

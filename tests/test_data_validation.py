@@ -130,7 +130,9 @@ def test_a_checkpoint_knows_what_was_held_out(caplog: pytest.LogCaptureFixture) 
     ours = experiment.provenance(rest)
     assert compatibility.other_data(ours, ours) == []
     (warning,) = compatibility.other_data(metadata, ours)
-    assert warning.endswith("other data than this: data.validation is 100, in training it was 0")
+    assert warning.endswith(
+        "other data than this: data.validation is 100.0, in training it was 0.0"
+    )
     # A checkpoint of these images was first trained on all: its config does not tell of these.
     first = {**ours, "earlier_data": [metadata["data"]]}
     (warning,) = compatibility.other_data(first, ours)

@@ -120,6 +120,7 @@ FORMS: dict[str, Any] = {
         {
             "results": Annotated[list[_Result], MinLen(1)],
             "warnings": list[str],
+            "remark?": str,
             "checkpoint": _form({"step": int, "parameters_crc32": int}),
             "data": dict[str, _Data],
             "config": _form({"training": _form({"batch_size": int})}),

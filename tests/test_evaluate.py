@@ -205,8 +205,8 @@ def test_a_dequantizer_that_does_not_fit_the_training_gives_a_warning(
     assert [phrase in w for w in warnings] == ([True] if phrase else [])
 
 
-@pytest.mark.parametrize(("above", "said"), [(0.3, 1), (0.05, 0), (-0.3, 0)])
-def test_a_bound_far_below_the_ode_gives_a_warning(above, said):
+@pytest.mark.parametrize(("above", "said"), [(0.3, 1), (0.05, 0), (-0.3, 0), (-0.5, 1)])
+def test_a_bound_far_from_the_ode_gives_a_warning(above, said):
     """The noise of the images is common to both, so the difference is paired."""
     bound = np.random.default_rng(0).normal(3, 1, 50)
     ids = SimpleNamespace(ids=np.arange(50))
@@ -226,7 +226,8 @@ def test_a_bound_far_below_the_ode_gives_a_warning(above, said):
             for (cell, kind), number in zip(kinds, numbers, strict=True)
         ]
     )
-    start = f"ode uniform against bound uniform: the number of the ODE is {above:.3f} +- "
+    larger = "number of the ODE" if above > 0 else "bound"
+    start = f"ode uniform against bound uniform: the {larger} is {abs(above):.3f} +- "
     assert [each.startswith(start) for each in found] == [True] * said
 
 

@@ -117,7 +117,7 @@ def test_the_report_warns_that_the_training_data_are_not_known(converted: Path) 
     fitted = runs.fitted(config(), converted)
     metadata = build.Experiment(fitted).restore(converted).metadata
     assert metadata["config"]["data"]["dequantization"] == "none"
-    assert "not known" in compatibility.other_data(metadata, None)[0]
+    assert "not known" in compatibility.other_data(metadata, {"data": None})[0]
 
 
 def test_a_second_conversion_is_refused(converted: Path, tmp_path: Path) -> None:

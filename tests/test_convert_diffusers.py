@@ -288,9 +288,10 @@ def test_the_checkpoint_tells_what_it_is(converted: Path) -> None:
 
 @pytest.mark.slow
 def test_a_folder_is_loaded_as_the_model_that_its_conversion_gives(
-    converted: Path, tmp_path: Path
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     density, t = sbml.load(save(tmp_path / "theirs", LINEAR)), jnp.asarray(0.4)
+    assert not capsys.readouterr().out  # The fields of the network are no news for its owner.
     x = jnp.linspace(-1, 1, math.prod(SHAPE)).reshape(SHAPE)
     assert density.shape == SHAPE and density.levels == 256
     np.testing.assert_array_equal(density.score(x, t), restored(converted)[1](x, t))

@@ -84,7 +84,9 @@ def test_the_two_are_never_compared(one: str, other: str, archives: data.Options
         imagenet32.check_comparable(one, "digits", other)
     images = data.load("imagenet32:new", "test", archives)
     with pytest.raises(ValueError, match="must not be compared"):
-        compatibility.other_data({"data": {"name": "imagenet32:old", "sha256": ""}}, images)
+        compatibility.other_data(
+            {"data": {"name": "imagenet32:old", "sha256": ""}}, {"data": images.fingerprint}
+        )
 
 
 def test_names_of_the_same_data_set_may_be_compared() -> None:

@@ -127,9 +127,16 @@ def test_a_checkpoint_knows_what_was_held_out(caplog: pytest.LogCaptureFixture) 
     experiment = build.Experiment(config)
     rest = experiment.images("train")
     assert (len(rest), len(experiment.images(data.VALIDATION))) == (1337, 100)
-    assert compatibility.other_data(experiment.provenance(rest), rest) == []
-    (warning,) = compatibility.other_data(metadata, rest)
-    assert "other data" in warning and "1337" in warning
+    ours = experiment.provenance(rest)
+    assert compatibility.other_data(ours, ours) == []
+    (warning,) = compatibility.other_data(metadata, ours)
+    assert warning.endswith(
+        "other data than this: data.validation is 100.0, in training it was 0.0"
+    )
+    # A checkpoint of these images was first trained on all: its config does not tell of these.
+    first = {**ours, "earlier_data": [metadata["data"]]}
+    (warning,) = compatibility.other_data(first, ours)
+    assert "was first trained" in warning and "count is 1337, in training it was 1437" in warning
 
 
 @pytest.mark.slow
@@ -143,6 +150,8 @@ def test_a_checkpoint_knows_on_what_it_was_trained_first(tmp_path: Path) -> None
         runs.mode(train.run, config, tmp_path)
         experiment = build.Experiment(config)
         metadata = experiment.restore(tmp_path).metadata
-        warnings = compatibility.other_data(metadata, experiment.images("train"))
+        warnings = compatibility.other_data(
+            metadata, experiment.provenance(experiment.images("train"))
+        )
         assert len(warnings) == count, warnings
         assert all("other data" in warning for warning in warnings)

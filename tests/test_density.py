@@ -427,3 +427,23 @@ def test_an_ode_far_above_its_bound_is_a_contradiction() -> None:
     gap = float(np.mean(-logp.values - bound.values))
     assert gap > 0.5 and text.startswith(f"the number of the ODE is {gap:.3f} +- ")
     assert not contradiction(-logp, bound, most=gap + 1)
+
+
+@pytest.mark.slow
+def test_a_bound_far_above_the_ode_is_a_contradiction() -> None:
+    """A network for standard normal data that takes steps 0 to 999 is given the time instead."""
+
+    def noise(scale: Array, x: Array, t: Array) -> Array:
+        return VP().std(scale * t / 999) * x
+
+    x = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+    for scale, far in ((999.0, False), (1.0, True)):
+        network = jax.tree_util.Partial(noise, jnp.asarray(scale))
+        score = from_prediction(network, "noise", VP())
+        d = sbml.Density(score, VP(), (3,), solver=Solver("heun", fixed_steps=20))
+        logp, bound = d.logp(x, check=False), d.bound(x, sweeps=32)
+        text = contradiction(-logp, bound, most=0.07 * 3)
+        assert text.startswith("the bound is ") == far == bool(text), (bound, text)
+    gap = float(np.mean(logp.values + bound.values))
+    assert f"{gap:.3f} +- " in text and "check which times it takes" in text
+    assert logp.mean < -15 and not contradiction(-logp, bound, most=gap / 4)

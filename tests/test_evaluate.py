@@ -25,7 +25,7 @@ from sbml.likelihood import bound
 from sbml.likelihood.ode import Solver
 from sbml.program.config import build
 from sbml.program.evaluation.cells import Dequantization, check_first_batch
-from sbml.program.evaluation.table import cautions, contradictions
+from sbml.program.evaluation.table import cautions, contradictions, remark
 from sbml.program.modes import eval as evaluate
 from sbml.program.modes import report as report_mode
 from sbml.program.report import summary
@@ -205,8 +205,8 @@ def test_a_dequantizer_that_does_not_fit_the_training_gives_a_warning(
     assert [phrase in w for w in warnings] == ([True] if phrase else [])
 
 
-@pytest.mark.parametrize(("above", "said"), [(0.3, 1), (0.05, 0), (-0.3, 0)])
-def test_a_bound_far_below_the_ode_gives_a_warning(above, said):
+@pytest.mark.parametrize(("above", "said"), [(0.3, 1), (0.05, 0), (-0.3, 0), (-0.5, 1)])
+def test_a_bound_far_from_the_ode_gives_a_warning(above, said):
     """The noise of the images is common to both, so the difference is paired."""
     bound = np.random.default_rng(0).normal(3, 1, 50)
     ids = SimpleNamespace(ids=np.arange(50))
@@ -226,7 +226,8 @@ def test_a_bound_far_below_the_ode_gives_a_warning(above, said):
             for (cell, kind), number in zip(kinds, numbers, strict=True)
         ]
     )
-    start = f"ode uniform against bound uniform: the number of the ODE is {above:.3f} +- "
+    larger = "number of the ODE" if above > 0 else "bound"
+    start = f"ode uniform against bound uniform: the {larger} is {abs(above):.3f} +- "
     assert [each.startswith(start) for each in found] == [True] * said
 
 
@@ -239,6 +240,13 @@ def test_files_that_are_not_used_are_named_once_for_each_split(trained, tmp_path
     for images, expected in ((train, [of_train]), (test, [of_test, of_train])):
         warnings = cautions(dataclasses.replace(shared, images=images, train=train), {})
         assert [w for w in warnings if ".png" in w] == expected
+
+
+def test_chosen_images_are_a_remark_and_no_warning(trained, tmp_path):
+    for count, said in ((72, "a random sample of 72 of 360 images (eval.max_images)"), (0, "")):
+        shared = cell_run(trained, tmp_path, ODE, max_images=count).evaluation
+        assert remark(shared) == said
+        assert not [w for w in cautions(shared, {}) if "max_images" in w]
 
 
 def test_evaluated_images_that_the_training_had_give_a_warning(trained, tmp_path):

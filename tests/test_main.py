@@ -76,12 +76,17 @@ def test_text_of_the_command_line_is_read_by_the_type_of_the_field() -> None:
     for name, message in (
         (
             "optim.learning_rate",
-            "config.optim has no field learning_rate: it has beta1, beta2, ema",
+            r"config.optim has no field learning_rate: did you mean optim.lr\? It has beta1, beta2",
         ),
         (
             "optimizer.lr",
             r"no field optimizer: did you mean optim\? It has codec, data",
         ),
+        ("training.lr", r"no field lr: did you mean optim.lr or dequantizer.optim.lr\? It has ac"),
+        ("dequantizer.training.lr", "did you mean dequantizer.optim.lr or optim.lr"),
+        ("data.batch_size", r"did you mean eval.\S+ or training.batch_size or sampling.\S+\? It"),
+        ("sampling.n", r"did you mean sampling.num_images\? It has"),
+        ("ode.rtol", r"config has no field ode: did you mean eval.ode\? It has"),
         ("optim.lr.x", "config.optim.lr has no field x: it is a value"),
         ("optim", "config.optim is a section: set its fields, as in --config.optim."),
     ):

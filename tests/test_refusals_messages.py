@@ -251,6 +251,7 @@ DATA: Rows = [
         lambda: recipe("training.noise=iid"),
         "config.training has no field noise: did you mean training.noises",
     ),
+    (lambda: recipe("model.width=64"), r"no field width: did you mean model.nf\? It has"),
     (
         lambda: recipe("levels+trainings.times=iid"),
         "config has no field trainings: did you mean training",

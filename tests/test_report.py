@@ -216,9 +216,10 @@ def test_a_noise_level_with_one_draw_has_a_loss_without_a_spread(tmp_path: Path)
 
 
 def test_page_shows_the_numbers(tmp_path: Path) -> None:
-    text = write(tmp_path, numbers()).text
+    text = write(tmp_path, numbers(remark="a random sample of 40 of 360 images")).text
     for shown in (
         "1.980 bits/dim",
+        "A random sample of 40 of 360 images.",
         "95% confidence interval 1.957 to 2.004",
         "All 40 images finite.",
         f"probability-flow ODE, uniform dequantization ; test, {N} images, smallest time t = 1e-5.",
@@ -388,6 +389,15 @@ def test_thinned_curve_keeps_every_peak() -> None:
     buckets = loss.reshape(50, 100)
     assert step.size <= 100
     assert set(buckets.max(axis=1)) | set(buckets.min(axis=1)) == set(kept)
+
+
+def test_a_value_outside_of_a_histogram_is_no_alarm() -> None:
+    axes = Figure().add_subplot()
+    plots.histogram(axes, np.array([*range(9), 1e9, -1e9, math.nan]), "bits/dim")
+    colours = {
+        text.get_text(): text.get_color() for text in axes.texts if text.get_text() != "mean"
+    }
+    assert [*colours.values()] == [plots.MUTED, plots.MUTED, plots.WARN], colours
 
 
 def test_each_value_falls_in_a_bin() -> None:

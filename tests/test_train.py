@@ -449,10 +449,10 @@ def test_a_wrong_config_is_not_a_damaged_checkpoint(trained):
 def test_other_data_are_named(trained):
     experiment = build.Experiment(tiny.get_config())
     restored = experiment.restore(epath.Path(trained))
-    train_set = experiment.images("train")
-    assert compatibility.other_data(restored.metadata, train_set) == []
-    (warning,) = compatibility.other_data(restored.metadata, experiment.images("test"))
-    assert "sha256" in warning
+    ours, other = (experiment.provenance(experiment.images(name)) for name in ("train", "test"))
+    assert compatibility.other_data(restored.metadata, ours) == []
+    (warning,) = compatibility.other_data(restored.metadata, other)
+    assert "split is test, in training it was train; count is" in warning and "sha256" in warning
 
 
 def test_provenance_is_in_the_checkpoint(trained):

@@ -355,11 +355,13 @@ class Measurement:
         self, tables: Sequence[Columns], noise: tuple[float, float], **fields: Any
     ) -> Estimate:
         """The means of ``tables``, where ``noise`` is the standard error of the random draws and
-        its degrees of freedom."""
+        its degrees of freedom. The half-width for them is at most that for the population, which
+        covers them too: of few sweeps, Student's quantile can be far larger."""
         values = np.mean([self.total(table) for table in tables], axis=0)
         stderr, freedom = noise
         population = intervals.mean_interval(values)
         half = intervals.half_width(stderr, freedom)
+        half = min(half, population.ci95) if half < math.inf else half
         return Estimate(
             values=values,
             terms={name: np.mean([t[name] for t in tables], axis=0) for name in self.terms},

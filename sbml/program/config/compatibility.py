@@ -29,6 +29,8 @@ Sections = dict[str, Json]
 
 # Fields of a network or dequantizer that may differ from those in the checkpoint's config.
 FREE = ("clipped", "dropout", "dtype", "init_scale", "remat")
+# Fields of ``data``, and of a fingerprint, that do not tell why two sets of images differ.
+SAME_DATA = ("cache_dir", "dequantization", "flip", "id", "manual_dir")
 _said = functools.partial(brief, form=notation)  # a value of a field in a message
 
 
@@ -198,24 +200,31 @@ def earlier_data(metadata: Metadata, examples: data.Examples) -> list[Json | Non
     return [d for i, d in enumerate(different) if d not in different[:i]]
 
 
-def other_data(metadata: Metadata, examples: data.Examples) -> list[str]:
-    """Warnings if a checkpoint was trained on other data than ``examples``, even if its training
-    then continued on ``examples``."""
-    warnings = []
-    earlier = metadata.get("earlier_data", [])
+def other_data(metadata: Metadata, ours: Metadata) -> list[str]:
+    """Warnings if a checkpoint was trained on other data than those of ``ours``, the metadata of
+    the present run, even if its training then continued on these. A warning names the fields that
+    differ, or if there are none, what differs in the fingerprints."""
+    warnings, earlier = [], metadata.get("earlier_data", [])
     for i, stored in enumerate([*earlier, metadata["data"]]):
         if stored is None:
             warnings.append("the checkpoint was converted: its training data are not known")
             continue
-        present = examples.fingerprint
+        present, first = ours["data"], i < len(earlier)
         data.imagenet32.check_comparable(stored["name"], present["name"])
         if stored["sha256"] != present["sha256"]:
-            changed = [
-                f"{k} {_said(stored.get(k))}, here {_said(v)}"
-                for k, v in present.items()
-                if stored.get(k) != v
+            # The config is that of the last data.
+            config = {} if first else metadata["config"]["data"]
+            sections = ("data.", ours["config"]["data"], config), ("", present, stored)
+            found = [
+                "; ".join(
+                    f"{prefix}{name} is {_said(value)}, in training it was {_said(then[name])}"
+                    for name, value in now.items()
+                    if name not in SAME_DATA and then.get(name, value) != value
+                )
+                for prefix, now, then in sections
             ]
-            first = " first" if i < len(earlier) else ""
-            found = "; ".join(changed)
-            warnings.append(f"the model was{first} trained on other data than this: {found}")
+            again = " first" if first else ""
+            warnings.append(
+                f"the model was{again} trained on other data than this: {found[0] or found[1]}"
+            )
     return warnings

@@ -13,11 +13,13 @@ A section with a choice, such as the network, has a name and the fields of the c
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import math
 import sys
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from decimal import Decimal
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Self
@@ -49,6 +51,15 @@ _OWN: dict[Any, Any] = {
     float: Annotated[float, Ge(-1e6), Le(1e6)],
 }
 _OWN[Any] = _OWN[float]
+
+# Words that other programs have for a field; each row has words for the same thing.
+ALIKE = [
+    "lr learning_rate",
+    "num_steps steps epochs num_epochs iterations fixed_steps",
+    "num_images max_images n count num_samples n_samples",
+    "nf width channels filters hidden hidden_size dim",
+    "num_res_blocks depth layers num_layers blocks",
+]
 
 
 class Override(str):
@@ -157,6 +168,8 @@ class Section(pydantic.BaseModel):
     section: ClassVar[str] = ""
     origin: ClassVar[Any] = None  # the class whose fields these are (``section_of``)
     siblings: ClassVar[tuple[str, ...]] = ()  # the fields of the section that names this class
+    # The full names of the fields and sections of the config that is made now, for messages.
+    known: ClassVar[ContextVar[Iterable[str]]] = ContextVar("known", default=())
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -238,11 +251,18 @@ def _line(kind: type[Section], values: Mapping[str, Any], error: Any) -> str:
 
 
 def unknown(section: str, name: str, fields: Collection[str]) -> str:
-    """The message for a field that ``section`` does not have."""
+    """The message for a field that ``section`` does not have. It proposes fields of the section
+    that are ``ALIKE``, else others that are ``known``, else one with a similar name."""
     name = brief(name, notation)
     where, own = f"config.{section}".rstrip("."), f"{section}.".lstrip(".")
-    names = listed(name, sorted(fields)) or "none"
-    return f"{where} has no field {name}: {hint(name, fields, f'it has {names}', own)}"
+    alike = {name}.union(*(row for row in map(str.split, ALIKE) if name in row))
+    near = [f"{own}{field}" for field in fields if field in alike]
+    near = near or [full for full in Section.known.get() if full.rpartition(".")[2] in alike]
+    near = difflib.get_close_matches(f"{own}{name}", near, 3, cutoff=0)
+    remedy = f"it has {listed(name, sorted(fields)) or 'none'}"
+    said = " or ".join(near)
+    proposed = hint(said, [said], remedy) if near else hint(name, fields, remedy, own)
+    return f"{where} has no field {name}: {proposed}"
 
 
 @functools.cache

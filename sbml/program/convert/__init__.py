@@ -3,7 +3,7 @@
     NETWORK                              the name of the network in its checkpoints
     CODE                                 the name of the code in messages
     KEY                                  a key that only its checkpoints have
-    convert(config, workdir, path, tree) converts the checkpoint and writes it to ``workdir``
+    convert(config, workdir, path, tree) writes it to ``workdir``; returns lines that say what it is
 
 A model of diffusers is a folder instead of a file: see ``sbml.program.convert.diffusers``.
 """
@@ -18,16 +18,18 @@ from sbml.program.runtime.workdir import Workdir
 SOURCES = (score_flow, vdm)
 
 
-def convert(config: Config, workdir: Workdir, source: epath.PathLike, pixels: str = "") -> None:
+def convert(
+    config: Config, workdir: Workdir, source: epath.PathLike, pixels: str = ""
+) -> list[str]:
     """Convert ``source``: a folder of diffusers, or a checkpoint or a work directory of one of the
-    codes in ``SOURCES``. Of a work directory, the newest checkpoint is converted.
+    codes in ``SOURCES``. Of a work directory, the newest checkpoint is converted. The result are
+    lines that say what was converted.
 
     The code that wrote the file is recognised by its content. ``pixels`` says how a model of
     diffusers was trained to see pixels, one of ``diffusers.PIXELS``.
     """
     if diffusers.recognises(source):
-        diffusers.convert(config, workdir.path, source, pixels)
-        return
+        return diffusers.convert(config, workdir.path, source, pixels)
     if pixels:
         raise ValueError(f"--pixels={pixels}: {source} is no folder of diffusers; leave it out")
     path = _files.find(source)
@@ -43,4 +45,4 @@ def convert(config: Config, workdir: Workdir, source: epath.PathLike, pixels: st
             f"config.model.name={config.model.name!r}, but {path} is of a {code.NETWORK!r}: take a "
             "config of that network"
         )
-    code.convert(config, workdir.path, path, tree)
+    return code.convert(config, workdir.path, path, tree)

@@ -126,14 +126,14 @@ def store(
     untold: Sequence[str] = (),
     remarks: Sequence[str] = (),
     flow: tuple[ForeignState, Callable[[Experiment], TrainState]] | None = None,
-) -> None:
-    """Write the score ``theirs`` to ``workdir``, and print what was converted.
+) -> list[str]:
+    """Write the score ``theirs`` to ``workdir``; returns lines that say what was converted.
 
     Args:
       config: its fields in ``sections`` are replaced by these.
       dequantization: how the training data were scaled; nothing else is known of them.
       untold: fields that the checkpoint does not determine.
-      remarks: further lines to print.
+      remarks: further lines.
       flow: a dequantizer for this score, and a function that makes its state.
     """
     fitted, lines = compatibility.with_fields(config, sections)
@@ -171,7 +171,7 @@ def store(
             f"{sum(leaf.size for leaf in jax.tree.leaves(part.ema_params)):,} parameters -> "
             f"{ours.directory}"
         )
-    print("\n".join([*lines, *remarks]))
+    return [*lines, *remarks]
 
 
 def _state(template: TrainState, theirs: ForeignState) -> TrainState:

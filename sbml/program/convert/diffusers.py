@@ -72,7 +72,7 @@ def config_of(source: epath.PathLike) -> ConfigDict:
     return config
 
 
-def convert(config: Config, workdir: epath.Path, source: epath.PathLike, pixels: str) -> None:
+def convert(config: Config, workdir: epath.Path, source: epath.PathLike, pixels: str) -> list[str]:
     """Convert the model in the folder ``source`` to ``workdir``; ``pixels`` is a key of ``PIXELS``,
     or empty for the scheduler's usual one."""
     if pixels and pixels not in PIXELS:
@@ -106,7 +106,7 @@ def convert(config: Config, workdir: epath.Path, source: epath.PathLike, pixels:
         f"the network's pixels are {formula} of k = 0 .. L - 1, L = {config.data.levels} "
         f"(--pixels={pixels}): {scale:.6g} x + {shift:g} of the x of this package"
     )
-    _files.store(config, workdir, sections, theirs, "centre", remarks=[scaling])
+    return _files.store(config, workdir, sections, theirs, "centre", remarks=[scaling])
 
 
 def _unet(source: epath.PathLike) -> tuple[epath.Path, dict[str, Any]]:

@@ -80,7 +80,7 @@ def _parts(tree: Tree) -> tuple[int, int, dict[str, dict[str, PyTree]]]:
     return tree["step"], adam["step"], {k: _files.unwrapped(v) for k, v in trees.items()}
 
 
-def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Tree) -> None:
+def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Tree) -> list[str]:
     """Convert the checkpoint ``tree`` in the file ``path``, and that of the dequantizer if there is
     one, to ``workdir``."""
     score, flow, untold, remarks = read(path, tree), None, list(UNTOLD), []
@@ -102,7 +102,7 @@ def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Tree) -
         untold.append("dequantizer.model.heads")
         if shape != config.data.shape:
             remarks.append(f"{flow.path} fits only images of shape {shape}")
-    _files.store(config, workdir, sections, score, "none", untold, remarks, of_flow)
+    return _files.store(config, workdir, sections, score, "none", untold, remarks, of_flow)
 
 
 def _sections(config: Config, score: ForeignState, flow: ForeignState | None) -> dict[str, Json]:

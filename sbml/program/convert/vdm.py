@@ -32,7 +32,7 @@ CODE = "VDM's (opt_state, ema_params)"
 FOURIER = networks.frequencies(256)  # Their networks use these for every number of levels.
 
 
-def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Tree) -> None:
+def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Tree) -> list[str]:
     """Convert the checkpoint ``tree`` in the file ``path`` to ``workdir``."""
     score = _files.read(path, tree, "VDM's code", "ckpt-N.flax", _parts)
     least, largest = config.score.log_snr_range
@@ -52,7 +52,7 @@ def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Tree) -
         "training": {"smallest_time": LinearGamma.smallest_time},
     }
     untold = "score.log_snr_range", "data.flip"
-    _files.store(config, workdir, sections, score, "centre", untold=untold)
+    return _files.store(config, workdir, sections, score, "centre", untold=untold)
 
 
 def _parts(tree: Tree) -> tuple[int, int, dict[str, dict[str, PyTree]]]:

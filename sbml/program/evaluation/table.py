@@ -71,6 +71,7 @@ def evaluation(
         ],
         **({"baselines_left_out": left_out} if left_out else {}),
         "warnings": [*warnings],
+        "remark": remark(of),
         "model": {
             "name": experiment.config.model.name,
             "parameters": experiment.parameter_count(),
@@ -102,16 +103,22 @@ def contradictions(runs: Sequence[Run]) -> list[str]:
     return found
 
 
+def remark(of: Evaluation) -> str:
+    """How many images are evaluated; "" if these are all."""
+    count, total = len(of.ids()), len(of.images)
+    sample = "the first" if of.experiment.config.eval.in_order else "a random sample of"
+    return f"{sample} {count} of {total} images (eval.max_images)" if count < total else ""
+
+
 def cautions(of: Evaluation, dequantizations: Mapping[str, Dequantization]) -> list[str]:
     """Warnings before the evaluation: a damaged checkpoint; a model that was trained on other data,
     other times, or without dequantization; dequantizers that do not fit it; files that are not
-    used and images that are not evaluated; training images that are evaluated; cautions of the
-    image sets."""
+    used; training images that are evaluated; cautions of the image sets."""
     trained, images, train = of.trained, of.images, of.train
     restored, metadata = trained.restored, trained.restored.metadata
     trained_on = metadata["config"]["data"]["dequantization"]
     found = [f"damaged, so an older checkpoint was taken: {r}" for r in restored.damaged]
-    found += compatibility.other_data(metadata, train)
+    found += compatibility.other_data(metadata, of.experiment.provenance(train))
     found += compatibility.unseen_times(metadata, of.experiment.sde, of.experiment.eval_eps)
     if trained_on == "none":
         found.append(
@@ -156,9 +163,6 @@ def cautions(of: Evaluation, dequantizations: Mapping[str, Dequantization]) -> l
             found.append(f"{count} {split.split} {files} not used: {paths}")
     if images.split != train.split:
         found.append(data.copies(images.images, train.images, f"images ({images.split})"))
-    if (count := len(of.ids())) < len(images):
-        sample = "the first" if of.experiment.config.eval.in_order else "a random sample of"
-        found.append(f"{sample} {count} of {len(images)} images (eval.max_images)")
     # The caution of a set with scenes is about the confidence interval. The interval is that of the
     # evaluated images, so this caution of the training images is left out.
     of_sets = dict.fromkeys([images.caution, train.caution if train.scenes is None else ""])

@@ -11,10 +11,10 @@ from sbml.program.runtime.workdir import Workdir
 def run(
     config: Config, workdir: Workdir, source: epath.PathLike | None = None, pixels: str = ""
 ) -> None:
-    """Convert ``source`` (``sbml.program.convert``)."""
+    """Convert ``source`` (``sbml.program.convert``), and print what was converted."""
     if not source:
         raise ValueError(
             "--mode=convert needs --source=DIR, a work directory of Song et al.'s or VDM's code, "
             "or a folder of diffusers"
         )
-    convert(config, workdir, source, pixels)
+    print("\n".join(convert(config, workdir, source, pixels)))

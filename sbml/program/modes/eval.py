@@ -52,6 +52,8 @@ def run(trained: Trained, preemption: Preemption) -> Workdir:
     dequantizations = {name: evaluation.dequantization(name) for name in names}
     for dequantization in dequantizations.values():
         check_first_batch(evaluation, dequantization)
+    if remark := table.remark(evaluation):
+        print(remark)
     warnings = table.cautions(evaluation, dequantizations)
     for warning in warnings:  # These come before the work, so that the user can stop it.
         logging.warning(warning)

@@ -333,7 +333,7 @@ def _restore(
         state = sharding.initial_state(learner.init, mesh, shard_state=section.shard_state)
         return state, 0, provenance
     logging.info("Resuming from step %d of %s", restored.step, checkpoints.directory)
-    for warning in compatibility.other_data(restored.metadata, images):
+    for warning in compatibility.other_data(restored.metadata, provenance):
         logging.warning(warning)
     if earlier := compatibility.earlier_data(restored.metadata, images):
         provenance = {**provenance, "earlier_data": earlier}

@@ -43,8 +43,8 @@ ESTIMATORS = {"ode": ("ODE", "probability-flow ODE"), "bound": ("bound", "eviden
 DETAILS = {"data": "Data fingerprints", "config": "Configuration"}
 SHOWN_ELSEWHERE = set(
     """
-    title results baselines baselines_left_out warnings command missing gap noise_levels running
-    provenance verdict
+    title results baselines baselines_left_out warnings remark command missing gap noise_levels
+    running provenance verdict
     """.split()
 )
 
@@ -73,7 +73,7 @@ def write(
     Args:
       directory: the folder, which is made if it is missing.
       content: ``title``, ``results`` (a list of mappings with ``bits_per_dim``, ``interval``,
-        ``n`` …; the first is the headline), and optionally ``baselines``, ``warnings``,
+        ``n`` …; the first is the headline), and optionally ``baselines``, ``warnings``, ``remark``,
         ``command``, ``model``, ``checkpoint``, ``quality`` and ``classifier`` (names to numbers),
         ``codec`` (the content of codec.json), ``baselines_left_out`` (names to reasons),
         ``training`` (with a ``line`` and the step of the newest ``checkpoint``), ``running`` (modes
@@ -134,6 +134,7 @@ def write(
         .render(
             title=report.get("title", "Evaluation"),
             warnings=warnings,
+            remark=report.get("remark"),
             progress=progress.get("line"),
             results=evaluation,
             facts={name: value for name, value in facts.items() if value is not None},

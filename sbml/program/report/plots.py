@@ -128,13 +128,13 @@ def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
     reach = 8 * (high - low) or np.inf
     left, right = finite[finite < low - reach], finite[finite > high + reach]
     shown = finite[left.size : finite.size - right.size]
-    notes = []
+    notes = {}
     if left.size:
-        notes.append(f"{left.size} further left, down to {left[0]:.4g}")
+        notes[f"{left.size} further left, down to {left[0]:.4g}"] = MUTED
     if right.size:
-        notes.append(f"{right.size} further right, up to {right[-1]:.4g}")
+        notes[f"{right.size} further right, up to {right[-1]:.4g}"] = MUTED
     if nonfinite := values.size - finite.size:
-        notes.append(f"{nonfinite} of {values.size} not finite")
+        notes[f"{nonfinite} of {values.size} not finite"] = WARN
     if shown.size:
         edges = _bins(shown).tolist()
         axes.hist(shown, edges, histtype="stepfilled", color=ACCENT, alpha=0.75, linewidth=0)
@@ -149,8 +149,8 @@ def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
                 va="bottom",
             )
     axes.grid(axis="y")
-    for line, note in enumerate(notes):
-        _warn(axes, 0.98 - ANNOTATION_HEIGHT * line, note)
+    for line, (note, colour) in enumerate(notes.items()):
+        _note(axes, 0.98 - ANNOTATION_HEIGHT * line, note, colour)
     axes.set_xlabel(label, parse_math=False)
     axes.set_ylabel("number of images")
     axes.locator_params(axis="y", integer=True)
@@ -183,7 +183,7 @@ def pair(
     axes.set_ylabel(labels[1], parse_math=False)
 
 
-def _warn(axes: Axes, height: float, text: str) -> None:
+def _note(axes: Axes, height: float, text: str, colour: str = WARN) -> None:
     axes.text(
         1,
         height,
@@ -191,8 +191,8 @@ def _warn(axes: Axes, height: float, text: str) -> None:
         transform=axes.transAxes,
         ha="right",
         va="top",
-        color=WARN,
-        weight="bold",
+        color=colour,
+        weight="bold" if colour == WARN else "normal",
     )
 
 
@@ -214,7 +214,7 @@ def training(axes: Axes, step: np.ndarray, loss: np.ndarray, window: int) -> Non
     """Loss against step: every logged value, faint, and its mean over ``window`` values."""
     finite = np.isfinite(loss)
     if nonfinite := int((~finite).sum()):
-        _warn(axes, 1, f"{nonfinite} of {loss.size} losses not finite")
+        _note(axes, 1, f"{nonfinite} of {loss.size} losses not finite")
     step, loss = step[finite], loss[finite]
     if loss.size:
         axes.plot(*_thin(step, loss), color=ACCENT, alpha=0.45, linewidth=0.8)

@@ -436,7 +436,9 @@ def test_every_axis_has_a_name(tmp_path: Path) -> None:
         ),
         "marginal": partial(plots.marginal, data=values, samples=values, label="x"),
         "training": partial(plots.training, step=values, loss=values, window=1),
-        "validation": partial(plots.validation, step=values, bound=values, half_width=values),
+        "validation": partial(
+            plots.validation, step=values, values=values, half_width=values, label="bound"
+        ),
         "levels": partial(plots.levels, edges=values, curves={"a": values[1:]}, bars={}),
     }
     for name, draw in draws.items():

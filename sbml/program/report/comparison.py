@@ -225,23 +225,20 @@ def render(runs: Sequence[Run], numbers: Json) -> str:
     for run in runs:
         if run.samples is not None:
             shown, scale = run.samples[: COLUMNS * ROWS], max(1, 48 // run.samples.shape[1])
-            png = page.grid_url(shown, run.images["levels"], COLUMNS, scale)
+            png = page.grid(shown, run.images["levels"], COLUMNS, scale)
             samples.append({"name": run.name, "png": png})
-    return (
-        page.environment()
-        .get_template("comparison.html")
-        .render(
-            title="Comparison of " + ", ".join(run.name for run in runs),
-            first=runs[0].name,
-            shown=SHOWN,
-            images=numbers["data"],
-            cells=cells,
-            runs=models,
-            warnings=[f"{run.name}: {each}" for run in runs for each in run.evaluation["warnings"]],
-            lacking=lacking,
-            rows=[name for name in dict.fromkeys(itertools.chain(*models)) if name != "name"],
-            differing=differing(runs),
-            samples=samples,
-            details={},
-        )
+    return page.render(
+        "comparison.html",
+        title="Comparison of " + ", ".join(run.name for run in runs),
+        first=runs[0].name,
+        shown=SHOWN,
+        images=numbers["data"],
+        cells=cells,
+        runs=models,
+        warnings=[f"{run.name}: {each}" for run in runs for each in run.evaluation["warnings"]],
+        lacking=lacking,
+        rows=[name for name in dict.fromkeys(itertools.chain(*models)) if name != "name"],
+        differing=differing(runs),
+        samples=samples,
+        details={},
     )

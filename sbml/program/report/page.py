@@ -11,22 +11,21 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any
 
 import jinja2
 import numpy as np
 from etils import epath
-from markupsafe import Markup
-from matplotlib.axes import Axes
 
 from sbml.core.files import strict, write_whole
 from sbml.core.scalars import notation
 from sbml.core.types import Json
 from sbml.density.estimators import Cell
-from sbml.program.report import pictures, plots
+from sbml.program.report import plots
+from sbml.program.report.pictures import image_grid, png
 from sbml.program.report.result import KIND, ROWS, read
 from sbml.statistics import intervals
 from sbml.statistics.intervals import HEAVY, Interval
@@ -37,6 +36,7 @@ OF_ODE, OF_BOUND = (f"explanations/bits.html#the-terms-of-the-{name}" for name i
 PAGE_WIDTH = 1056  # pixels, as in report.css
 STRIP_IMAGES, SAMPLE_COLUMNS, SAMPLE_ROWS = 10, 16, 8
 PIXEL_BUDGET = 150_000  # bytes before compression, for each strip and half the sample grid
+BITS = "bits_per_dim"  # the end of the names of columns with bits/dim
 
 # The names of the estimators on the page: in headings, and in the headline.
 ESTIMATORS = {"ode": ("ODE", "probability-flow ODE"), "bound": ("bound", "evidence bound")}
@@ -47,14 +47,6 @@ SHOWN_ELSEWHERE = set(
     provenance verdict
     """.split()
 )
-
-
-class Figure(TypedDict):
-    """A figure for the templates: the SVG, and the texts beside it and in its place."""
-
-    svg: Markup
-    alt: str
-    caption: str
 
 
 def write(
@@ -99,14 +91,13 @@ def write(
     """
     report: Json = strict(content)
     results, progress = report["results"], report.get("training", {})
-    if results:
-        report["verdict"] = verdict(results[0])[0]
     losses = training(curves), validation(curves), levels_figure(report)
-    evaluation, warnings = None, [*report.get("warnings", [])]
+    shown: dict[str, Any] = {"results": None, "verdict": None, "versus": "", "comparison": None}
+    warnings = [*report.get("warnings", [])]
     if table is not None and images is not None:
-        evaluation = _evaluation(report, table, images, levels)
-        bits = _ending(table, "bits_per_dim")
-        count = sum(int((~np.isfinite(column)).sum()) for column in bits.values())
+        report["verdict"] = verdict(results[0])[0]
+        shown |= _evaluation(report, table, images, levels)
+        count = sum(int((~np.isfinite(bits)).sum()) for bits in _ending(table, BITS).values())
         stated = sum(int(result.get("nonfinite") or 0) for result in results)
         if count > stated:
             warnings.append(
@@ -120,46 +111,35 @@ def write(
         "Checkpoint, step": report.get("checkpoint", {"step": progress.get("checkpoint")})["step"],
     }
     # All values with all digits, except for those that the page shows elsewhere.
-    details = {}
-    if results:
-        numbered = {f"{row}. {label(result)}": result for row, result in enumerate(results, 1)}
-        details["Every number of the results"] = flat(numbered)
+    numbered = {f"{row}. {label(result)}": result for row, result in enumerate(results, 1)}
+    details = {"Every number of the results": flat(numbered)} if results else {}
     for name, value in report.items():
         if name not in SHOWN_ELSEWHERE:
             heading = DETAILS.get(name, name.replace("_", " ").capitalize())
             details[heading] = flat({name: value}, name)
-    page = (
-        environment()
-        .get_template("report.html")
-        .render(
-            title=report.get("title", "Evaluation"),
-            warnings=warnings,
-            progress=progress.get("line"),
-            results=evaluation,
-            facts={name: value for name, value in facts.items() if value is not None},
-            running=report.get("running", {}),
-            missing=report.get("missing", {}),
-            without_checkpoint=bool(progress) and progress["checkpoint"] is None,
-            gap=report.get("gap"),
-            of_levels=counted(report.get("noise_levels", {})),
-            losses=list(filter(None, losses)),
-            copied=copied(report.get("title", ""), results),
-            provenance=report.get("provenance", {}),
-            samples=None
-            if samples is None
-            else _samples(samples, levels, report.get("classes", [])),
-            quality=report.get("quality", {}),
-            classifier=_cells(read(report.get("classifier", {}))),
-            codec=report.get("codec"),
-            pictures=[{"png": data_url(png), "alt": caption} for caption, png in pictures],
-            command=report.get("command"),
-            details=details,
-        )
+    classifier = {
+        name: intervals.cell(Interval(**value) if isinstance(value, dict) else value, "± ")
+        for name, value in read(report.get("classifier", {})).items()
+    }
+    html = render(
+        "report.html",
+        report=report,
+        title=report.get("title", "Evaluation"),
+        warnings=warnings,
+        facts=facts,
+        losses=losses,
+        details=details,
+        of_levels=counted(report.get("noise_levels", {})),
+        copied=copied(report.get("title", ""), results),
+        samples=None if samples is None else _samples(samples, levels, report.get("classes", [])),
+        classifier=classifier,
+        pictures=pictures,
+        **shown,
     )
     directory.mkdir(parents=True, exist_ok=True)
     numbers = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False)
     write_whole(directory / "report.json", f"{numbers}\n".encode())
-    write_whole(directory / "report.html", page.encode())
+    write_whole(directory / "report.html", html.encode())
 
 
 def _evaluation(
@@ -167,7 +147,7 @@ def _evaluation(
 ) -> dict[str, object]:
     """What the template shows of the results and of the evaluated images."""
     results, baselines = report["results"], report.get("baselines", [])
-    first, bits = results[0], _ending(table, "bits_per_dim")
+    first, bits = results[0], _ending(table, BITS)
     # The headline and the best baseline, if both are finite and of the same images.
     finite = [row for row in baselines if not isinstance(row["bits_per_dim"], str)]
     versus = ""
@@ -198,9 +178,9 @@ def _evaluation(
         for name, column in columns.items()
         if column.size > 1
     ]
-    best_images, worst_images = _extremes(table, next(iter(bits.values())), images, levels)
+    best, worst = _extremes(table, next(iter(bits.values())), images, levels)
     return {
-        "first": first,
+        "results": results,
         "verdict": verdict(first),
         "versus": versus,
         "comparison": comparison,
@@ -209,34 +189,27 @@ def _evaluation(
             for key, shown in ROWS.items()
             if any(result.get(key) is not None for result in results)
         },
-        "numbers": results,
         "terms": {
             name: OF_ODE if name in of_ode else OF_BOUND for _, name, _ in terms if name in shown
         },
         "histograms": histograms,
-        "best": best_images,
-        "worst": worst_images,
+        "best": best,
+        "worst": worst,
     }
 
 
-def _cells(numbers: Json) -> dict[str, str]:
-    """The ``numbers`` by name as text, those that are intervals with "±"."""
-    values = {n: Interval(**v) if isinstance(v, dict) else v for n, v in numbers.items()}
-    return {name: intervals.cell(value, "± ") for name, value in values.items()}
-
-
-def environment() -> jinja2.Environment:
-    """The environment of the templates in this folder; all values that they show are escaped."""
-    made = jinja2.Environment(
+def render(template: str, **shown: object) -> str:
+    """The page that a ``template`` of this folder makes of the values ``shown``, all escaped."""
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sbml.program", "report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.globals |= {"text": text, "docs": DOCS}
-    made.filters["label"] = label
-    return made
+    environment.globals |= {"text": text, "docs": DOCS}
+    environment.filters |= {"label": label, "base64": lambda png: base64.b64encode(png).decode()}
+    return environment.get_template(template).render(shown)
 
 
 def text(value: object, form: str = "") -> str:
@@ -272,12 +245,12 @@ def flat(value: Mapping[str, object], top: str = "") -> dict[str, object]:
 
 def rows_figure(
     name: str, rows: Sequence[plots.Row], unit: str, caption: str, origin: float | None = None
-) -> Figure:
+) -> dict[str, str]:
     """A figure of ``plots.rows``, with all rows in its alternative text."""
     draw = partial(plots.rows, rows=rows, unit=unit, origin=origin)
     height = plots.ROWS_HEIGHT + plots.ROW_HEIGHT * len(rows)
     each = "; ".join(f"{row.label} {row.text}" for row in rows)
-    drawn = figure(name, draw, caption, height=height)
+    drawn = plots.figure(name, draw, caption, height=height)
     return {**drawn, "alt": f"{name}, {unit}: {each}."}
 
 
@@ -348,7 +321,7 @@ def copied(run: str, results: Sequence[Json]) -> dict[str, str]:
     return {name: "\n".join(lines) for name, lines in shown.items()}
 
 
-def levels_figure(report: Json) -> Figure | None:
+def levels_figure(report: Json) -> dict[str, str] | None:
     """The figure of the loss at each noise level; None without a bound."""
     if not (levels := report.get("noise_levels")):
         return None
@@ -373,7 +346,7 @@ def levels_figure(report: Json) -> Figure | None:
     errors = {f"{split} images": "split_stderr", "training images": "train_stderr"}
     bars = {name: 1.96 * values[errors[name]] for name in curves if name in errors}
     draw = partial(plots.levels, edges=edges, curves=curves, bars=bars)
-    return figure("Loss at each noise level", draw, caption)
+    return plots.figure("Loss at each noise level", draw, caption)
 
 
 def counted(levels: Mapping[str, Any]) -> str:
@@ -393,21 +366,7 @@ def area(edges: np.ndarray, curve: np.ndarray) -> float:
     return float(-np.diff(edges) @ curve)
 
 
-def figure(
-    name: str,
-    draw: Callable[[Axes], None],
-    caption: str = "",
-    *,
-    width: float = plots.WIDTH,
-    height: float = plots.HEIGHT,
-) -> Figure:
-    """A figure of ``width`` x ``height`` inches with its caption, for the templates; ``name`` and
-    ``draw`` are as in ``plots.svg``."""
-    svg = Markup(plots.svg(name, draw, width, height))
-    return {"svg": svg, "alt": f"{name}. {caption}".strip(), "caption": caption}
-
-
-def _histogram(name: str, quantity: str, values: np.ndarray) -> Figure:
+def _histogram(name: str, quantity: str, values: np.ndarray) -> dict[str, str]:
     """The figure of the ``values`` of a ``quantity`` for the number called ``name``."""
     finite = values[np.isfinite(values)]
     caption = f"{values.size:,} images, none finite."
@@ -419,12 +378,12 @@ def _histogram(name: str, quantity: str, values: np.ndarray) -> Figure:
     if 0 < finite.size < values.size:
         caption += f" {values.size - finite.size:,} not finite, not in this mean."
     caption = f"{name}. {caption}" if name else caption
-    return figure(
+    return plots.figure(
         f"{name}: {quantity}", partial(plots.histogram, values=values, label=quantity), caption
     )
 
 
-def training(curves: Sequence[Mapping[str, Any]]) -> Figure | None:
+def training(curves: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
     """The figure of the loss of a training; None if fewer than two steps are logged."""
     logged = {point["step"]: point for point in curves if "loss" in point}
     if len(logged) < 2:
@@ -440,10 +399,10 @@ def training(curves: Sequence[Mapping[str, Any]]) -> Figure | None:
     if seconds := logged[max(logged)].get("seconds"):
         caption += f" Training time {timedelta(seconds=round(seconds))}."
     draw = partial(plots.training, step=step, loss=loss, window=window)
-    return figure("Training loss", draw, caption)
+    return plots.figure("Training loss", draw, caption)
 
 
-def validation(curves: Sequence[Mapping[str, Any]]) -> Figure | None:
+def validation(curves: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
     """The figure of the bound on validation images during a training; None without two points."""
     name, error = "validation_bits_per_dim", "validation_stderr"
     points = {p["step"]: (p[name], p.get(error)) for p in curves if p.get(name) is not None}
@@ -461,19 +420,14 @@ def validation(curves: Sequence[Mapping[str, Any]]) -> Figure | None:
         "images. All points have the same images and draws, so differences between steps are more "
         "certain than the band."
     )
-    draw = partial(plots.validation, step=step, bound=bound, half_width=1.96 * stderr)
-    return figure("Validation", draw, caption)
+    band, unit = 1.96 * stderr, "bound, bits/dim"
+    draw = partial(plots.validation, step=step, values=bound, half_width=band, label=unit)
+    return plots.figure("Validation", draw, caption)
 
 
-def data_url(png: bytes) -> str:
-    """A PNG file as a data URL for the ``src`` of an ``img``."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def grid_url(images: np.ndarray, levels: int, columns: int, scale: int) -> str:
-    """A grid of ``images`` in at most ``columns`` columns as a data URL."""
-    grid = pictures.image_grid(images, levels, min(columns, len(images)), scale)
-    return data_url(pictures.png(grid))
+def grid(images: np.ndarray, levels: int, columns: int, scale: int) -> bytes:
+    """A PNG file with a grid of ``images`` in at most ``columns`` columns."""
+    return png(image_grid(images, levels, min(columns, len(images)), scale))
 
 
 def _extremes(
@@ -488,7 +442,7 @@ def _extremes(
     return [
         [
             {
-                "png": grid_url(images[ids[i]][None], levels, 1, scale),
+                "png": grid(images[ids[i]][None], levels, 1, scale),
                 "name": str(ids[i] if names is None else names[i]),
                 "caption": f"id {ids[i]}" if names is None else str(names[i]),
                 "class": None if classes is None else str(classes[i]),
@@ -501,9 +455,9 @@ def _extremes(
     ]
 
 
-def _samples(samples: np.ndarray, levels: int, classes: Sequence[str]) -> dict[str, str]:
-    """The grid of ``samples``. Sample i has the class i modulo the number of classes, and each
-    column has one class, unless there are more classes than columns."""
+def _samples(samples: np.ndarray, levels: int, classes: Sequence[str]) -> tuple[str, bytes]:
+    """The caption and the grid of ``samples``. Sample i has the class i modulo the number of
+    classes, and each column has one class, unless there are more classes than columns."""
     count = len(classes)
     scale = max(1, 64 // max(samples.shape[1:3]))
     columns = min(SAMPLE_COLUMNS, max(1, PAGE_WIDTH // (samples.shape[2] * scale)))
@@ -517,7 +471,7 @@ def _samples(samples: np.ndarray, levels: int, classes: Sequence[str]) -> dict[s
     elif count:
         again = ", and these again" if columns > count else ""
         alt += f" Each column has one class: {', '.join(classes)}{again}."
-    return {"png": grid_url(shown, levels, columns, scale), "alt": alt}
+    return alt, grid(shown, levels, columns, scale)
 
 
 def _ending(table: Mapping[str, np.ndarray], ending: str) -> dict[str, np.ndarray]:

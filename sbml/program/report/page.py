@@ -19,14 +19,14 @@ from typing import Any
 import jinja2
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from sbml.core.files import strict, write_whole
 from sbml.core.scalars import notation
 from sbml.core.types import Json
-from sbml.density.estimators import Cell
 from sbml.program.report import plots
 from sbml.program.report.pictures import image_grid, png
-from sbml.program.report.result import KIND, ROWS, read
+from sbml.program.report.result import KIND, ROWS, cell, read
 from sbml.statistics import intervals
 from sbml.statistics.intervals import HEAVY, Interval
 
@@ -37,6 +37,10 @@ PAGE_WIDTH = 1056  # pixels, as in report.css
 STRIP_IMAGES, SAMPLE_COLUMNS, SAMPLE_ROWS = 10, 16, 8
 PIXEL_BUDGET = 150_000  # bytes before compression, for each strip and half the sample grid
 BITS = "bits_per_dim"  # the end of the names of columns with bits/dim
+OF_LEVELS = (
+    "These values are measured on {:,} images of each kind with other draws than the bound, so "
+    "they may differ from its term."
+)
 
 # The names of the estimators on the page: in headings, and in the headline.
 ESTIMATORS = {"ode": ("ODE", "probability-flow ODE"), "bound": ("bound", "evidence bound")}
@@ -64,14 +68,9 @@ def write(
 
     Args:
       directory: the folder, which is made if it is missing.
-      content: ``title``, ``results`` (a list of mappings with ``bits_per_dim``, ``interval``,
-        ``n`` …; the first is the headline), and optionally ``baselines``, ``warnings``,
-        ``command``, ``model``, ``checkpoint``, ``quality`` and ``classifier`` (names to numbers),
-        ``codec`` (the content of codec.json), ``baselines_left_out`` (names to reasons),
-        ``training`` (with a ``line`` and the step of the newest ``checkpoint``), ``running`` (modes
-        that run at this moment, to their processes) and ``missing`` (names to the commands that
-        make these parts). If the model has classes, ``classes`` are
-        their C names, and sample i has the class i modulo C. The page lists other entries under
+      content: what ``evaluation.json`` holds, of whose ``results`` the first is the headline, and
+        what :func:`summary.write` adds. If the model has classes, ``classes`` are their C names,
+        and sample i has the class i modulo C. The page lists entries that it does not know under
         their own names.
       table: columns (n,) with a row for each image; None for a run that was not evaluated, whose
         ``results`` are empty. It needs ``id`` and at least one column whose name ends in
@@ -116,7 +115,7 @@ def write(
     for name, value in report.items():
         if name not in SHOWN_ELSEWHERE:
             heading = DETAILS.get(name, name.replace("_", " ").capitalize())
-            details[heading] = flat({name: value}, name)
+            details[heading] = flat(value if value and isinstance(value, dict) else {name: value})
     classifier = {
         name: intervals.cell(Interval(**value) if isinstance(value, dict) else value, "± ")
         for name, value in read(report.get("classifier", {})).items()
@@ -129,7 +128,6 @@ def write(
         facts=facts,
         losses=losses,
         details=details,
-        of_levels=counted(report.get("noise_levels", {})),
         copied=copied(report.get("title", ""), results),
         samples=None if samples is None else _samples(samples, levels, report.get("classes", [])),
         classifier=classifier,
@@ -169,32 +167,24 @@ def _evaluation(
     shown = {name for _, name, value in terms if value} | {"prior"}
     of_ode = {name for row, name, _ in terms if row.get("estimator") == "ode"}
     nfe = {name: column for name, column in _ending(table, "nfe").items() if np.ptp(column) > 0}
-    kinds = [[r.get(key) for key in KIND] for r in results]
-    cells = [Cell(str(kind), str(noise), draws or 1).name for kind, noise, draws in kinds]
-    named = dict(zip(cells, map(label, results), strict=True))
+    named = {cell(result).name: label(result) for result in results}
     histograms = [
         _histogram(named.get(name, name), f"{quantity} of an image", column)
         for quantity, columns in (("bits/dim", bits), ("network evaluations", nfe))
         for name, column in columns.items()
         if column.size > 1
     ]
-    best, worst = _extremes(table, next(iter(bits.values())), images, levels)
     return {
         "results": results,
         "verdict": verdict(first),
         "versus": versus,
         "comparison": comparison,
-        "rows": {
-            key: shown
-            for key, shown in ROWS.items()
-            if any(result.get(key) is not None for result in results)
-        },
+        "rows": {k: row for k, row in ROWS.items() if any(r.get(k) is not None for r in results)},
         "terms": {
             name: OF_ODE if name in of_ode else OF_BOUND for _, name, _ in terms if name in shown
         },
         "histograms": histograms,
-        "best": best,
-        "worst": worst,
+        "extremes": _extremes(table, next(iter(bits.values())), images, levels),
     }
 
 
@@ -207,7 +197,7 @@ def render(template: str, **shown: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"text": text, "docs": DOCS}
+    environment.globals |= {"text": text, "docs": DOCS, "of_levels": OF_LEVELS}
     environment.filters |= {"label": label, "base64": lambda png: base64.b64encode(png).decode()}
     return environment.get_template(template).render(shown)
 
@@ -231,15 +221,9 @@ def text(value: object, form: str = "") -> str:
     return str(value)
 
 
-def flat(value: Mapping[str, object], top: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} as {"a.b": 1}; lists are not changed, and the name ``top`` is omitted."""
-    leaves: dict[str, object] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            prefix = "" if key == top else f"{key}."
-            leaves |= {f"{prefix}{name}": leaf for name, leaf in flat(item).items()}
-        else:
-            leaves[key] = item
+def flat(value: Json) -> Json:
+    """{"a": {"b": 1}} as {"a.b": 1}; lists and {} are not changed."""
+    leaves: Json = flatten_dict(value, is_leaf=lambda _, item: not item, sep=".")
     return leaves
 
 
@@ -256,8 +240,7 @@ def rows_figure(
 
 def row(label: str, number: Json, *, ours: bool, key: str = "bits_per_dim") -> plots.Row:
     """The value ``key`` of ``number`` with its 95% interval, in blue if it is of this model."""
-    value, half = float(number[key]), float(number.get("ci95") or 0)
-    low, high = map(float, number.get("interval") or (value - half, value + half))
+    value, (low, high) = float(number[key]), map(float, number["interval"])
     if not math.isfinite(value):
         return plots.Row(label, value, low, high, "not finite", plots.WARN)
     colour = plots.ACCENT if ours else plots.MUTED
@@ -266,12 +249,10 @@ def row(label: str, number: Json, *, ours: bool, key: str = "bits_per_dim") -> p
 
 def label(result: Json, whole: bool = False) -> str:
     """The name of a result on the page, in full words if ``whole``."""
-    name, noise = (str(result.get(key, "")) for key in ("estimator", "dequantizer"))
-    words = [ESTIMATORS.get(name, (name, name))[whole]]
-    words += [noise.replace("_", " ") + " dequantization" * whole] if noise else []
-    if (draws := result.get("num_importance") or 1) > 1:
-        words.append(f"K = {draws}")
-    return ", ".join(filter(None, words)) or "result"
+    kind, noise, draws = (result[name] for name in KIND)
+    words = [ESTIMATORS.get(kind, (kind, kind))[whole]]
+    words.append(noise.replace("_", " ") + " dequantization" * whole)
+    return ", ".join(words + [f"K = {draws}"] * (draws > 1))
 
 
 def verdict(result: Json, examples: str = "images") -> tuple[str, bool]:
@@ -303,12 +284,11 @@ def copied(run: str, results: Sequence[Json]) -> dict[str, str]:
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(names)
     for result in results:
-        kind, noise = (result.get(key, "") for key in ("estimator", "dequantizer"))
-        draws, eps = result.get("num_importance") or 1, result.get("smallest_time")
-        interval, n = result.get("interval") or [None, None], result.get("n")
+        kind, noise, draws = (result[name] for name in KIND)
+        interval, n, eps = (result[name] for name in ("interval", "n", "smallest_time"))
         writer.writerow([run, kind, noise, draws, result["bits_per_dim"], *interval, n, eps])
         low, high = (text(end, "bits") for end in interval)
-        mantissa, _, exponent = f"{eps or 0:.2e}".partition("e")
+        mantissa, _, exponent = f"{eps:.2e}".partition("e")
         time = f"{float(mantissa):g}" + (rf" \times 10^{{{int(exponent)}}}" if eps else "")
         row = [run, kind, noise + (f", K = {draws}" if draws > 1 else "")]
         bits, own = text(result["bits_per_dim"], "bits"), f"{low} to {high}"
@@ -335,10 +315,11 @@ def levels_figure(report: Json) -> dict[str, str] | None:
         del named["training images"]
     curves = {name: values[key] for name, key in named.items() if key in values}
     areas = [f"{name} {area(edges, curve):.2f}" for name, curve in curves.items()]
+    measured = OF_LEVELS.format(levels["images"])
     caption = (
         "Where the bits of the bound come from: the squared error of the noise prediction at each "
         "ratio of signal to noise, SNR, whose logarithm is natural. The area below a "
-        f"curve is the term diffusion, in bits/dim: {', '.join(areas)}.{counted(levels)} The best "
+        f"curve is the term diffusion, in bits/dim: {', '.join(areas)}. {measured} The best "
         "linear prediction is that of a Gaussian with the moments of the training images. A "
         "network that has learned the training images by heart has the lowest possible curve of "
         "training images. Bands are 1.96 standard errors wide on each side."
@@ -347,17 +328,6 @@ def levels_figure(report: Json) -> dict[str, str] | None:
     bars = {name: 1.96 * values[errors[name]] for name in curves if name in errors}
     draw = partial(plots.levels, edges=edges, curves=curves, bars=bars)
     return plots.figure("Loss at each noise level", draw, caption)
-
-
-def counted(levels: Mapping[str, Any]) -> str:
-    """What the losses at the noise ``levels`` are measured on, with a space before it; "" without
-    them."""
-    if not levels:
-        return ""
-    return (
-        f" These values are measured on {levels['images']:,} images of each kind with other draws "
-        "than the bound, so they may differ from its term."
-    )
 
 
 def area(edges: np.ndarray, curve: np.ndarray) -> float:

@@ -10,7 +10,8 @@ from sbml.likelihood import PriorError
 from sbml.statistics.intervals import HEAVY, Interval
 
 # Pages of the documentation (``page.DOCS``).
-_BARS, _DEQUANTIZATION = "explanations/error_bars.html", "explanations/dequantization.html"
+_BARS, _TIME = "explanations/error_bars.html", "explanations/dequantization.html"
+_TIME += "#the-smallest-time-for-integer-data"
 _ALL = f"{_BARS}#no-image-and-no-outlier-is-left-out"
 # What the table of the page shows of a row: the heading; the format, "bits" for bits/dim, or one of
 # Python for floats; and the page of the documentation that explains it.
@@ -30,11 +31,7 @@ ROWS = {
     "max": ("largest of an image", "bits", ""),
     "median": ("median of the images", "bits", _ALL),
     "without_outliers": ("mean without outliers", "bits", _ALL),
-    "smallest_time": (
-        "smallest time",
-        ".3g",
-        f"{_DEQUANTIZATION}#the-smallest-time-for-integer-data",
-    ),
+    "smallest_time": ("smallest time", ".3g", _TIME),
     "nfe_mean": ("network evaluations, mean", ".1f", ""),
     "nfe_max": ("network evaluations, max", ".6g", ""),
 }

@@ -532,6 +532,47 @@ def test_a_column_of_samples_has_one_class(
         assert (grid[:2] == expected).all()
 
 
+def test_the_distance_from_the_best_baseline_has_its_paired_interval(tmp_path: Path) -> None:
+    report = numbers()
+    report["baselines"][1]["difference_interval"] = [-0.43, -0.39]
+    said = "0.410 bits/dim below the best baseline, per-pixel histogram; 95% interval of the paired"
+    assert f"{said} difference -0.430 to -0.390." in write(tmp_path, report).text
+
+
+def test_samples_stand_beside_as_many_evaluated_images(tmp_path: Path) -> None:
+    images, ids = pixels(), np.arange(5, N)
+    table = {name: column[5:] for name, column in columns().items()}
+    page = write(tmp_path, numbers(), images=images, table=table, samples=images[:3])
+    for alt, shown in (
+        ("Samples of the model", images[:3]),
+        ("Real images (test)", images[ids[:3]]),
+    ):
+        grid = pictures.image_grid(shown, LEVELS, columns=3, scale=6)
+        np.testing.assert_array_equal(page.images[alt], grid[..., 0])
+    page = write(tmp_path, {"results": []}, table=None, images=None)
+    assert "Real images" not in page.text
+
+
+def test_a_number_far_from_the_others_is_an_arrow(tmp_path: Path) -> None:
+    """The others then have their usual places, as without it."""
+    near = [plots.Row("a", 1.98, 1.95, 2.01, ""), plots.Row("b", 2.4, 2.3, 2.5, "")]
+    near.append(plots.Row("c", 2.9, 2.8, 3.0, ""))
+    ends = {}
+    for far in (None, 900.0, -900.0, math.nan):
+        shown = near if far is None else [*near, plots.Row("d", far, far - 1, far + 1, "")]
+        axes = Figure().add_subplot()
+        plots.rows(axes, shown, "bits/dim")
+        ends[far] = axes.get_xlim()
+        markers = [line.get_marker() for line in axes.lines]
+        assert markers.count("o") == 3 and ">" * (far == 900.0) + "<" * (far == -900.0) == "".join(
+            marker for marker in markers if marker in "<>"
+        )
+    assert len({*ends.values()}) == 1
+    report = numbers()
+    report["baselines"][0] |= {"bits_per_dim": 900.0, "interval": [899.0, 901.0]}
+    assert "900.000" in (text := write(tmp_path, report).text) and "An arrow: the number" in text
+
+
 def test_the_classifier_and_the_classes_are_shown(tmp_path: Path) -> None:
     values = {
         "images": 64.0,

@@ -91,11 +91,17 @@ def write(
     report: Json = strict(content)
     results, progress = report["results"], report.get("training", {})
     losses = training(curves), validation(curves), levels_figure(report)
-    shown: dict[str, Any] = {"results": None, "verdict": None, "versus": "", "comparison": None}
+    shown: dict[str, Any] = dict.fromkeys(["results", "beside"])
     warnings = [*report.get("warnings", [])]
     if table is not None and images is not None:
         report["verdict"] = verdict(results[0])[0]
         shown |= _evaluation(report, table, images, levels)
+        if samples is not None:
+            real, split = images[table["id"]][: len(samples)], results[0]["split"]
+            shown["beside"] = [
+                ("Samples of the model", few(samples[: len(real)], levels)),
+                (f"Real images ({split})", few(real, levels)),
+            ]
         count = sum(int((~np.isfinite(bits)).sum()) for bits in _ending(table, BITS).values())
         stated = sum(int(result.get("nonfinite") or 0) for result in results)
         if count > stated:
@@ -153,7 +159,10 @@ def _evaluation(
         best = min(finite, key=lambda row: row["bits_per_dim"])
         gap = first["bits_per_dim"] - best["bits_per_dim"]
         side = "below" if gap < 0 else "above"
-        versus = f"{abs(gap):.3f} bits/dim {side} the best baseline, {best['name']}."
+        versus = f"{abs(gap):.3f} bits/dim {side} the best baseline, {best['name']}"
+        if paired := best.get("difference_interval"):
+            versus += f"; 95% interval of the paired difference {text(paired, '+.3f')}"
+        versus += "."
     comparison, rows = None, [row(label(result), result, ours=True) for result in results]
     rows += [row(each["name"], each, ours=False) for each in baselines]
     if len(rows) > 1:
@@ -234,6 +243,9 @@ def rows_figure(
     draw = partial(plots.rows, rows=rows, unit=unit, origin=origin)
     height = plots.ROWS_HEIGHT + plots.ROW_HEIGHT * len(rows)
     each = "; ".join(f"{row.label} {row.text}" for row in rows)
+    low, high = plots.limits(rows)
+    if any(math.isfinite(row.mean) and not low <= row.mean <= high for row in rows):
+        caption += " An arrow: the number is too far from the others for this axis."
     drawn = plots.figure(name, draw, caption, height=height)
     return {**drawn, "alt": f"{name}, {unit}: {each}."}
 
@@ -398,6 +410,12 @@ def validation(curves: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
 def grid(images: np.ndarray, levels: int, columns: int, scale: int) -> bytes:
     """A PNG file with a grid of ``images`` in at most ``columns`` columns."""
     return png(image_grid(images, levels, min(columns, len(images)), scale))
+
+
+def few(images: np.ndarray, levels: int) -> bytes:
+    """A PNG file with a grid of the first ``images``, at most 4 rows of 8."""
+    count = min(32, max(1, 2 * PIXEL_BUDGET // images[0].size))
+    return grid(images[:count], levels, 8, max(1, 48 // max(images.shape[1:3])))
 
 
 def _extremes(

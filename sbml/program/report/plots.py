@@ -5,6 +5,7 @@ variable, so that one figure fits light and dark pages.
 """
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -93,11 +94,26 @@ class Row(NamedTuple):
     colour: str = ACCENT
 
 
+def limits(rows: Sequence[Row]) -> tuple[float, float]:
+    """The ends of an axis for ``rows``: numbers beyond them would press the others together.
+
+    They are ten usual widths from the median. The usual width is the median distance from it, and
+    the median half-width of an interval is added.
+    """
+    finite = [row[1:4] for row in rows if math.isfinite(row.mean)] or [(0.0, 0.0, 0.0)]
+    means, low, high = np.array(finite).T
+    centre, halves = np.median(means), np.nan_to_num(high - low, posinf=0) / 2
+    reach = 10 * (np.median(np.abs(means - centre)) + np.median(halves)) or np.inf
+    return float(centre - reach), float(centre + reach)
+
+
 def rows(axes: Axes, rows: Sequence[Row], unit: str, origin: float | None = None) -> None:
-    """The ``rows``, the first at the top, each with a mark at ``origin``.
+    """The ``rows``, the first at the top, each with a mark at ``origin``; an arrow is in the place
+    of a number beyond the :func:`limits`.
 
     A figure is ``ROWS_HEIGHT`` inches high, and ``ROW_HEIGHT`` more for each row.
     """
+    low, high = limits(rows)
     for y, row in enumerate(rows):
         bold = "normal" if row.colour == MUTED else "bold"
         place = partial(
@@ -107,8 +123,13 @@ def rows(axes: Axes, rows: Sequence[Row], unit: str, origin: float | None = None
             textcoords="offset points",
         )
         axes.axhline(y, color=RULE, linewidth=0.6)
-        axes.plot([row.low, row.high], [y, y], color=row.colour, linewidth=2)
-        axes.plot(row.mean, y, "o", color=row.colour, markersize=5)
+        if low <= row.mean <= high:
+            axes.plot(np.clip([row.low, row.high], low, high), [y, y], color=row.colour, lw=2)
+            axes.plot(row.mean, y, "o", color=row.colour, markersize=5)
+        elif math.isfinite(row.mean):
+            end, arrow = (1, ">") if row.mean > high else (0, "<")
+            edge = axes.get_yaxis_transform()
+            axes.plot(end, y, arrow, color=row.colour, markersize=6, transform=edge, clip_on=False)
         label = row.label if len(row.label) < 36 else f"…{row.label[-34:]}"
         place(label, (0, y), parse_math=False)
         place(row.text, (1, y), ha="right", color=row.colour, weight=bold)

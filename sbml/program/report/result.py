@@ -7,6 +7,7 @@ from sbml.core.types import Json
 from sbml.density import estimate
 from sbml.density.estimators import Cell
 from sbml.likelihood import PriorError
+from sbml.program.runtime.workdir import Workdir
 from sbml.statistics.intervals import HEAVY, Interval
 
 # Pages of the documentation (``page.DOCS``).
@@ -73,3 +74,9 @@ def said(row: Json, unit: str, examples: str, of: str = "", after: str = "") -> 
     if "prior_error" in row:
         prior = PriorError(row["prior_error"], row["prior_error_each"]).line(unit.split()[0])
     return f"{estimate.line(row, unit, examples, about, of)}{remedy}{after}{prior}"
+
+
+def next_steps(workdir: Workdir) -> str:
+    """What one can do with the report and the model of ``workdir``: the last line of a command."""
+    density = f"sbml.load({str(workdir)!r})"
+    return f"next: open the report in a browser; in Python, {density} is the density"

@@ -97,7 +97,9 @@ def _array(kinds: str, ndim: int) -> Any:
 
 Number: Any = float | Literal["NaN", "Infinity", "-Infinity"]  # ``core.files.strict``
 _Curve: Any = list[Number]
-_Baseline: Any = _form({"name": str, "bits_per_dim": Number, "interval": _Curve})
+_Baseline: Any = _form(
+    {"name": str, "bits_per_dim": Number, "interval": _Curve, "difference_interval?": _Curve}
+)
 _Interval: Any = _form(
     dict.fromkeys(("mean", "stderr", "ci95"), Number) | dict.fromkeys(("n", "nonfinite"), int)
 )

@@ -26,7 +26,7 @@ from sbml.program.config.config import Config, load
 from sbml.program.config.sampling import Solving
 from sbml.program.evaluation import samples
 from sbml.program.modes import quality
-from sbml.program.report.pictures import write_png
+from sbml.program.report.pictures import png
 from sbml.program.runtime.checkpoint import Restored
 from sbml.program.runtime.workdir import Workdir
 from sbml.statistics import distances
@@ -118,7 +118,7 @@ def main(path: str, workdir: str, out: str, images: int, steps: Sequence[int]) -
     for name in SAMPLERS:
         rows = [run(name, f"NFE {count}", changes(name, count)) for count in steps]
         grid = samples.grid(experiment, np.concatenate(rows), columns=len(rows[0]))
-        write_png(folder / f"{name}.png", grid)
+        (folder / f"{name}.png").write_bytes(png(grid))
     for tolerance in TOLERANCES:
         solver = {"rtol": tolerance, "atol": tolerance}
         run("ode", f"{tolerance:.0e}", {"sampler": {"name": "ode"}, "solver": solver})

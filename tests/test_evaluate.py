@@ -17,6 +17,7 @@ from cell_runs import BOUND, ODE, cell_run, numbers
 from scipy import stats
 
 from experiments import table2
+from sbml import data
 from sbml.core.files import read_json, read_npz, write_json, write_npz
 from sbml.density.estimate import Estimate
 from sbml.density.estimators import Cell, ode
@@ -24,6 +25,7 @@ from sbml.density.estimators import bound as bounds
 from sbml.likelihood import bound
 from sbml.likelihood.ode import Solver
 from sbml.program.config import build
+from sbml.program.evaluation import baselines
 from sbml.program.evaluation.cells import Dequantization, check_first_batch
 from sbml.program.evaluation.table import cautions, contradictions, remark
 from sbml.program.modes import eval as evaluate
@@ -62,6 +64,12 @@ def test_every_image_counts_once(trained, table):
         assert (result["estimator"], result["n"]) == (name, 360)
         assert result["bits_per_dim"] == pytest.approx(table[f"{name}_uniform_bits_per_dim"].mean())
     assert report["samples"]["count"] == 4
+    pixels, train = (data.load("digits", split).images for split in ("test", "train"))
+    simple, _ = baselines.all_of(train, pixels, 17)
+    for row in report["baselines"]:
+        gap = table["ode_uniform_bits_per_dim"] - simple[row["name"]]
+        expected = stats.t.interval(0.95, 359, gap.mean(), stats.sem(gap))
+        np.testing.assert_allclose(row["difference_interval"], expected)
     assert report["data"]["test"]["count"] == 360
 
 

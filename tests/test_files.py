@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 from sbml.core import files
 from sbml.core.files import DamagedFileError
 from sbml.data import _cache
-from sbml.program.report.pictures import write_png
+from sbml.program.report.pictures import png
 from sbml.program.runtime import metrics
 from sbml.program.runtime.workdir import EVALUATION, SAMPLES, TABLE, Workdir
 
@@ -135,8 +135,7 @@ def test_damaged_json_is_an_error_or_the_same_values(tmp_path):
 def test_a_damaged_picture_is_an_error_or_the_same_pixels(tmp_path):
     """A PNG file ends with an empty chunk. Damage to this chunk alone changes no pixel."""
     path = tmp_path / "neighbours.png"
-    write_png(path, grid := pixels(24, 24))
-    refused, intact = 0, path.read_bytes()
+    refused, intact = 0, png(grid := pixels(24, 24))
     for content in damages(intact):
         path.write_bytes(content)
         try:

@@ -15,7 +15,7 @@ from sbml.program.features import digits_classifier
 from sbml.program.modes import quality, stats
 from sbml.program.modes.quality import memorisation
 from sbml.program.report import summary
-from sbml.program.report.pictures import write_png
+from sbml.program.report.pictures import png
 from sbml.program.runtime.checkpoint import Checkpoints
 from sbml.program.runtime.workdir import (
     EVALUATION,
@@ -199,7 +199,7 @@ def test_the_report_shows_the_quality_of_its_own_samples(
     assert json.loads((workdir / "report.json").read_text())["quality"] == numbers
     shown = (workdir / "report.html").read_text()
     assert summary.NEIGHBOURS_CAPTION in shown
-    for change in (lambda path: write_png(path, real.images[0]), Path.unlink):
+    for change in (lambda path: path.write_bytes(png(real.images[0])), Path.unlink):
         change(workdir / NEIGHBOURS)  # A picture of other samples, and none.
         summary.write(Workdir(workdir), lambda split: real)
         assert json.loads((workdir / "report.json").read_text())["quality"] == numbers

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -243,7 +242,7 @@ DATA: Rows = [
     (lambda: grid(PIXELS[:1] + 4), "^levels"),
     (lambda: grid(levels=1), "^levels"),
     (lambda: grid(columns=0), "^columns"),
-    (lambda: pictures.write_png(Path("unused/a.png"), np.zeros((2, 2))), "float64"),
+    (lambda: pictures.png(np.zeros((2, 2))), "float64"),
     (lambda: config.default(dequantizer="triangle"), "dequantizer.name=triangle: give one of"),
     (lambda: recipe("level"), "unknown recipe 'level': give field=value or one of iid, lattice"),
     (lambda: recipe("levels+centres"), "unknown recipe 'centres'"),

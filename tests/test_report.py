@@ -72,6 +72,7 @@ def numbers(**changes: Any) -> dict[str, Any]:
     result = {
         "estimator": "ode",
         "dequantizer": "uniform",
+        "num_importance": 1,
         "split": "test",
         "n": N,
         "bits_per_dim": 1.9804,
@@ -88,8 +89,8 @@ def numbers(**changes: Any) -> dict[str, Any]:
         "title": "digits_vp",
         "results": [result],
         "baselines": [
-            {"name": "full-covariance Gaussian", "bits_per_dim": 2.94, "ci95": 0.03},
-            {"name": "per-pixel histogram", "bits_per_dim": 2.3904, "ci95": 0.02},
+            {"name": "full-covariance Gaussian", "bits_per_dim": 2.94, "interval": [2.91, 2.97]},
+            {"name": "per-pixel histogram", "bits_per_dim": 2.3904, "interval": [2.37, 2.41]},
         ],
         "warnings": [],
         "model": {"name": "ncsnpp", "parameters": 1_030_000},
@@ -272,7 +273,7 @@ def test_what_is_not_finite_is_counted_and_shown(tmp_path: Path) -> None:
 def test_a_report_without_any_finite_value(tmp_path: Path) -> None:
     text = write(
         tmp_path,
-        numbers(baselines=[{"name": "none", "bits_per_dim": np.nan}]),
+        numbers(baselines=[{"name": "none", "bits_per_dim": np.nan, "interval": [np.nan] * 2}]),
         table=columns(np.full(N, np.inf)),
         curves=[{"step": 1, "loss": "NaN"}, {"step": 2, "loss": None}],
     ).text
@@ -293,11 +294,10 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
 
 
 def test_missing_parts_are_said_to_be_missing(tmp_path: Path) -> None:
-    bare = {"results": [{"bits_per_dim": 2.0}]}
+    bare = {"results": [RESULT]}
     page = write(tmp_path, bare, curves=[{"step": 3, "eval": 1.0}], samples=None)
     assert "No training curve" in page.text
     assert "No samples were drawn." in page.text
-    assert "95% confidence interval –" in page.text
 
 
 def test_one_image(tmp_path: Path) -> None:
@@ -367,12 +367,10 @@ def test_grid_shows_every_level_of_256_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (5, 4, 1), (5, 4, 3)])
-def test_png_round_trip(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_png_round_trip(shape: tuple[int, ...]) -> None:
     array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    pictures.write_png(tmp_path / "a.png", array)
-    read = np.asarray(Image.open(tmp_path / "a.png"))
+    read = np.asarray(Image.open(io.BytesIO(pictures.png(array))))
     np.testing.assert_array_equal(read.reshape(shape), array)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_running_mean_against_its_definition() -> None:
@@ -416,7 +414,8 @@ def test_images_are_called_by_their_files(tmp_path: Path) -> None:
 def test_a_number_that_rounds_to_0_has_no_minus_sign(tmp_path: Path) -> None:
     """Neither on the page nor in a terminal."""
     tiny = RESULT | {"bits_per_dim": -1e-9, "interval": [-2e-9, 0.0], "terms": {"prior": -1e-9}}
-    page = write(tmp_path, numbers(results=[tiny], baselines=[{"name": "b", "bits_per_dim": -0.0}]))
+    zero = {"name": "b", "bits_per_dim": -0.0, "interval": [-0.0, 0.0]}
+    page = write(tmp_path, numbers(results=[tiny], baselines=[zero]))
     row = {"name": "b", "log_p": -1e-9, "interval": [-1e-9, 0.0], "n": 9, "chosen": ""}
     gap = {"difference": -1e-9, "difference_interval": [-1e-9, -0.0]}
     shown = page.text.partition("Every number of the results")[0]
@@ -446,7 +445,9 @@ def test_every_axis_has_a_name(tmp_path: Path) -> None:
         ),
         "marginal": partial(plots.marginal, data=values, samples=values, label="x"),
         "training": partial(plots.training, step=values, loss=values, window=1),
-        "validation": partial(plots.validation, step=values, bound=values, half_width=values),
+        "validation": partial(
+            plots.validation, step=values, values=values, half_width=values, label="bound"
+        ),
         "levels": partial(plots.levels, edges=values, curves={"a": values[1:]}, bars={}),
     }
     for name, draw in draws.items():
@@ -539,6 +540,47 @@ def test_a_column_of_samples_has_one_class(
     np.testing.assert_array_equal(grid[0], expected)
     if 0 < count <= 16:
         assert (grid[:2] == expected).all()
+
+
+def test_the_distance_from_the_best_baseline_has_its_paired_interval(tmp_path: Path) -> None:
+    report = numbers()
+    report["baselines"][1]["difference_interval"] = [-0.43, -0.39]
+    said = "0.410 bits/dim below the best baseline, per-pixel histogram; 95% interval of the paired"
+    assert f"{said} difference -0.430 to -0.390." in write(tmp_path, report).text
+
+
+def test_samples_stand_beside_as_many_evaluated_images(tmp_path: Path) -> None:
+    images, ids = pixels(), np.arange(5, N)
+    table = {name: column[5:] for name, column in columns().items()}
+    page = write(tmp_path, numbers(), images=images, table=table, samples=images[:3])
+    for alt, shown in (
+        ("Samples of the model", images[:3]),
+        ("Real images (test)", images[ids[:3]]),
+    ):
+        grid = pictures.image_grid(shown, LEVELS, columns=3, scale=6)
+        np.testing.assert_array_equal(page.images[alt], grid[..., 0])
+    page = write(tmp_path, {"results": []}, table=None, images=None)
+    assert "Real images" not in page.text
+
+
+def test_a_number_far_from_the_others_is_an_arrow(tmp_path: Path) -> None:
+    """The others then have their usual places, as without it."""
+    near = [plots.Row("a", 1.98, 1.95, 2.01, ""), plots.Row("b", 2.4, 2.3, 2.5, "")]
+    near.append(plots.Row("c", 2.9, 2.8, 3.0, ""))
+    ends = {}
+    for far in (None, 900.0, -900.0, math.nan):
+        shown = near if far is None else [*near, plots.Row("d", far, far - 1, far + 1, "")]
+        axes = Figure().add_subplot()
+        plots.rows(axes, shown, "bits/dim")
+        ends[far] = axes.get_xlim()
+        markers = [line.get_marker() for line in axes.lines]
+        assert markers.count("o") == 3 and ">" * (far == 900.0) + "<" * (far == -900.0) == "".join(
+            marker for marker in markers if marker in "<>"
+        )
+    assert len({*ends.values()}) == 1
+    report = numbers()
+    report["baselines"][0] |= {"bits_per_dim": 900.0, "interval": [899.0, 901.0]}
+    assert "900.000" in (text := write(tmp_path, report).text) and "An arrow: the number" in text
 
 
 def test_the_classifier_and_the_classes_are_shown(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from sbml import data
 from sbml.core.files import json_line
 from sbml.program.modes import report
 from sbml.program.report import summary
-from sbml.program.report.pictures import write_png
+from sbml.program.report.pictures import png
 from sbml.program.runtime import history, lock, metrics
 from sbml.program.runtime.lock import BusyError
 from sbml.program.runtime.trees import table_crc32
@@ -118,7 +118,7 @@ def test_pictures_and_samples_of_an_earlier_step_are_shown(training: Path) -> No
     (training / "samples").mkdir()
     for step in (2, 10):
         grid = np.full((8, 8), step, np.uint8)
-        write_png(training / "samples" / f"step_{step:08d}.png", grid)
+        (training / "samples" / f"step_{step:08d}.png").write_bytes(png(grid))
     runs.mode(report.run, tiny.get_config(), training)
     assert "Samples during the training, at step 10." in shown(training)[1]
     samples(training, 2)

@@ -68,7 +68,6 @@ class Bar(tqdm):
             miniters=0,
             delay=np.inf,
             leave=live and leave,
-            ascii=True,
             ncols=None if live else 0,
             dynamic_ncols=live,
         )

@@ -56,6 +56,11 @@ def evaluation(
     pixels = of.images.images[tables[PER_IMAGE]["id"]]
     simple, left_out = baselines.all_of(train.images, pixels, train.levels)
     intervals = {name: mean_interval(values) for name, values in simple.items()}
+    # The headline minus each baseline, image by image, unless its mean is that of a control variate
+    # or of fewer images.
+    bits, gaps = runs[0].number.values, {}
+    if len(bits) == len(pixels) and np.mean(bits) == runs[0].number.mean:
+        gaps = {name: mean_interval(bits - values) for name, values in simple.items()}
     # An evaluation does not use the settings of the training, so those that it was given can be
     # wrong. The stored config therefore has the settings of the checkpoint.
     given, asked = restored.metadata["config"], experiment.config.plain()
@@ -67,6 +72,7 @@ def evaluation(
         "results": [run.row for run in runs],
         "baselines": [
             {"name": name, "bits_per_dim": i.mean, "ci95": i.ci95, "interval": list(i.bounds)}
+            | ({"difference_interval": list(gaps[name].bounds)} if name in gaps else {})
             for name, i in intervals.items()
         ],
         **({"baselines_left_out": left_out} if left_out else {}),

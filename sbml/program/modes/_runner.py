@@ -119,9 +119,11 @@ class Command:
         """Write the reports of the work directories in which modes have left results."""
         if not self._to_report:
             return
-        from sbml.program.report import summary  # here, because Matplotlib takes half a second
+        # Here, because Matplotlib takes half a second.
+        from sbml.program.report import result, summary
 
         for folder in {str(each): each for each in self._to_report}.values():
             if jax.process_index() == 0 and summary.write(folder, self.experiment.loaded):
                 seconds = time.perf_counter() - self._start
                 print(f"report: {folder / 'report.html'}, in {seconds:.0f} s")
+                print(result.next_steps(folder))

@@ -44,6 +44,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         known["classes"] = names
     if summary.write(workdir, config.data.images, known, curves):
         print(f"report: {workdir / 'report.html'}")
+        if saved:
+            print(result.next_steps(workdir))
 
 
 def progress(

@@ -34,6 +34,7 @@ from sbml.program.config.trained import Trained
 from sbml.program.evaluation import densities
 from sbml.program.modes.train import Learner, fit
 from sbml.program.report import table as page
+from sbml.program.report.result import next_steps
 from sbml.program.runtime import metrics
 from sbml.program.runtime.checkpoint import OtherModelError
 from sbml.program.runtime.workdir import TABLE, WHITENING, Workdir
@@ -143,7 +144,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     for result in results:
         print(page.line(result))
     print(f"{content['verdict']}\nreport: {workdir / 'report.html'}", end=", ")
-    print(f"in {time.perf_counter() - start:.0f} s")
+    print(f"in {time.perf_counter() - start:.0f} s\n{next_steps(workdir)}")
 
 
 def _learner(experiment: Experiment, rows: Rows) -> Learner:

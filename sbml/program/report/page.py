@@ -11,23 +11,22 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any
 
 import jinja2
 import numpy as np
 from etils import epath
-from markupsafe import Markup
-from matplotlib.axes import Axes
+from flax.traverse_util import flatten_dict
 
 from sbml.core.files import strict, write_whole
 from sbml.core.scalars import notation
 from sbml.core.types import Json
-from sbml.density.estimators import Cell
-from sbml.program.report import pictures, plots
-from sbml.program.report.result import KIND, ROWS, read
+from sbml.program.report import plots
+from sbml.program.report.pictures import image_grid, png
+from sbml.program.report.result import KIND, ROWS, cell, read
 from sbml.statistics import intervals
 from sbml.statistics.intervals import HEAVY, Interval
 
@@ -37,6 +36,11 @@ OF_ODE, OF_BOUND = (f"explanations/bits.html#the-terms-of-the-{name}" for name i
 PAGE_WIDTH = 1056  # pixels, as in report.css
 STRIP_IMAGES, SAMPLE_COLUMNS, SAMPLE_ROWS = 10, 16, 8
 PIXEL_BUDGET = 150_000  # bytes before compression, for each strip and half the sample grid
+BITS = "bits_per_dim"  # the end of the names of columns with bits/dim
+OF_LEVELS = (
+    "These values are measured on {:,} images of each kind with other draws than the bound, so "
+    "they may differ from its term."
+)
 
 # The names of the estimators on the page: in headings, and in the headline.
 ESTIMATORS = {"ode": ("ODE", "probability-flow ODE"), "bound": ("bound", "evidence bound")}
@@ -47,14 +51,6 @@ SHOWN_ELSEWHERE = set(
     running provenance verdict
     """.split()
 )
-
-
-class Figure(TypedDict):
-    """A figure for the templates: the SVG, and the texts beside it and in its place."""
-
-    svg: Markup
-    alt: str
-    caption: str
 
 
 def write(
@@ -72,14 +68,9 @@ def write(
 
     Args:
       directory: the folder, which is made if it is missing.
-      content: ``title``, ``results`` (a list of mappings with ``bits_per_dim``, ``interval``,
-        ``n`` …; the first is the headline), and optionally ``baselines``, ``warnings``, ``remark``,
-        ``command``, ``model``, ``checkpoint``, ``quality`` and ``classifier`` (names to numbers),
-        ``codec`` (the content of codec.json), ``baselines_left_out`` (names to reasons),
-        ``training`` (with a ``line`` and the step of the newest ``checkpoint``), ``running`` (modes
-        that run at this moment, to their processes) and ``missing`` (names to the commands that
-        make these parts). If the model has classes, ``classes`` are
-        their C names, and sample i has the class i modulo C. The page lists other entries under
+      content: what ``evaluation.json`` holds, of whose ``results`` the first is the headline, and
+        what :func:`summary.write` adds. If the model has classes, ``classes`` are their C names,
+        and sample i has the class i modulo C. The page lists entries that it does not know under
         their own names.
       table: columns (n,) with a row for each image; None for a run that was not evaluated, whose
         ``results`` are empty. It needs ``id`` and at least one column whose name ends in
@@ -99,14 +90,19 @@ def write(
     """
     report: Json = strict(content)
     results, progress = report["results"], report.get("training", {})
-    if results:
-        report["verdict"] = verdict(results[0])[0]
     losses = training(curves), validation(curves), levels_figure(report)
-    evaluation, warnings = None, [*report.get("warnings", [])]
+    shown: dict[str, Any] = dict.fromkeys(["results", "beside"])
+    warnings = [*report.get("warnings", [])]
     if table is not None and images is not None:
-        evaluation = _evaluation(report, table, images, levels)
-        bits = _ending(table, "bits_per_dim")
-        count = sum(int((~np.isfinite(column)).sum()) for column in bits.values())
+        report["verdict"] = verdict(results[0])[0]
+        shown |= _evaluation(report, table, images, levels)
+        if samples is not None:
+            real, split = images[table["id"]][: len(samples)], results[0]["split"]
+            shown["beside"] = [
+                ("Samples of the model", few(samples[: len(real)], levels)),
+                (f"Real images ({split})", few(real, levels)),
+            ]
+        count = sum(int((~np.isfinite(bits)).sum()) for bits in _ending(table, BITS).values())
         stated = sum(int(result.get("nonfinite") or 0) for result in results)
         if count > stated:
             warnings.append(
@@ -120,47 +116,34 @@ def write(
         "Checkpoint, step": report.get("checkpoint", {"step": progress.get("checkpoint")})["step"],
     }
     # All values with all digits, except for those that the page shows elsewhere.
-    details = {}
-    if results:
-        numbered = {f"{row}. {label(result)}": result for row, result in enumerate(results, 1)}
-        details["Every number of the results"] = flat(numbered)
+    numbered = {f"{row}. {label(result)}": result for row, result in enumerate(results, 1)}
+    details = {"Every number of the results": flat(numbered)} if results else {}
     for name, value in report.items():
         if name not in SHOWN_ELSEWHERE:
             heading = DETAILS.get(name, name.replace("_", " ").capitalize())
-            details[heading] = flat({name: value}, name)
-    page = (
-        environment()
-        .get_template("report.html")
-        .render(
-            title=report.get("title", "Evaluation"),
-            warnings=warnings,
-            remark=report.get("remark"),
-            progress=progress.get("line"),
-            results=evaluation,
-            facts={name: value for name, value in facts.items() if value is not None},
-            running=report.get("running", {}),
-            missing=report.get("missing", {}),
-            without_checkpoint=bool(progress) and progress["checkpoint"] is None,
-            gap=report.get("gap"),
-            of_levels=counted(report.get("noise_levels", {})),
-            losses=list(filter(None, losses)),
-            copied=copied(report.get("title", ""), results),
-            provenance=report.get("provenance", {}),
-            samples=None
-            if samples is None
-            else _samples(samples, levels, report.get("classes", [])),
-            quality=report.get("quality", {}),
-            classifier=_cells(read(report.get("classifier", {}))),
-            codec=report.get("codec"),
-            pictures=[{"png": data_url(png), "alt": caption} for caption, png in pictures],
-            command=report.get("command"),
-            details=details,
-        )
+            details[heading] = flat(value if value and isinstance(value, dict) else {name: value})
+    classifier = {
+        name: intervals.cell(Interval(**value) if isinstance(value, dict) else value, "± ")
+        for name, value in read(report.get("classifier", {})).items()
+    }
+    html = render(
+        "report.html",
+        report=report,
+        title=report.get("title", "Evaluation"),
+        warnings=warnings,
+        facts=facts,
+        losses=losses,
+        details=details,
+        copied=copied(report.get("title", ""), results),
+        samples=None if samples is None else _samples(samples, levels, report.get("classes", [])),
+        classifier=classifier,
+        pictures=pictures,
+        **shown,
     )
     directory.mkdir(parents=True, exist_ok=True)
     numbers = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False)
     write_whole(directory / "report.json", f"{numbers}\n".encode())
-    write_whole(directory / "report.html", page.encode())
+    write_whole(directory / "report.html", html.encode())
 
 
 def _evaluation(
@@ -168,7 +151,7 @@ def _evaluation(
 ) -> dict[str, object]:
     """What the template shows of the results and of the evaluated images."""
     results, baselines = report["results"], report.get("baselines", [])
-    first, bits = results[0], _ending(table, "bits_per_dim")
+    first, bits = results[0], _ending(table, BITS)
     # The headline and the best baseline, if both are finite and of the same images.
     finite = [row for row in baselines if not isinstance(row["bits_per_dim"], str)]
     versus = ""
@@ -176,7 +159,10 @@ def _evaluation(
         best = min(finite, key=lambda row: row["bits_per_dim"])
         gap = first["bits_per_dim"] - best["bits_per_dim"]
         side = "below" if gap < 0 else "above"
-        versus = f"{abs(gap):.3f} bits/dim {side} the best baseline, {best['name']}."
+        versus = f"{abs(gap):.3f} bits/dim {side} the best baseline, {best['name']}"
+        if paired := best.get("difference_interval"):
+            versus += f"; 95% interval of the paired difference {text(paired, '+.3f')}"
+        versus += "."
     comparison, rows = None, [row(label(result), result, ours=True) for result in results]
     rows += [row(each["name"], each, ours=False) for each in baselines]
     if len(rows) > 1:
@@ -190,54 +176,39 @@ def _evaluation(
     shown = {name for _, name, value in terms if value} | {"prior"}
     of_ode = {name for row, name, _ in terms if row.get("estimator") == "ode"}
     nfe = {name: column for name, column in _ending(table, "nfe").items() if np.ptp(column) > 0}
-    kinds = [[r.get(key) for key in KIND] for r in results]
-    cells = [Cell(str(kind), str(noise), draws or 1).name for kind, noise, draws in kinds]
-    named = dict(zip(cells, map(label, results), strict=True))
+    named = {cell(result).name: label(result) for result in results}
     histograms = [
         _histogram(named.get(name, name), f"{quantity} of an image", column)
         for quantity, columns in (("bits/dim", bits), ("network evaluations", nfe))
         for name, column in columns.items()
         if column.size > 1
     ]
-    best_images, worst_images = _extremes(table, next(iter(bits.values())), images, levels)
     return {
-        "first": first,
+        "results": results,
         "verdict": verdict(first),
         "versus": versus,
         "comparison": comparison,
-        "rows": {
-            key: shown
-            for key, shown in ROWS.items()
-            if any(result.get(key) is not None for result in results)
-        },
-        "numbers": results,
+        "rows": {k: row for k, row in ROWS.items() if any(r.get(k) is not None for r in results)},
         "terms": {
             name: OF_ODE if name in of_ode else OF_BOUND for _, name, _ in terms if name in shown
         },
         "histograms": histograms,
-        "best": best_images,
-        "worst": worst_images,
+        "extremes": _extremes(table, next(iter(bits.values())), images, levels),
     }
 
 
-def _cells(numbers: Json) -> dict[str, str]:
-    """The ``numbers`` by name as text, those that are intervals with "±"."""
-    values = {n: Interval(**v) if isinstance(v, dict) else v for n, v in numbers.items()}
-    return {name: intervals.cell(value, "± ") for name, value in values.items()}
-
-
-def environment() -> jinja2.Environment:
-    """The environment of the templates in this folder; all values that they show are escaped."""
-    made = jinja2.Environment(
+def render(template: str, **shown: object) -> str:
+    """The page that a ``template`` of this folder makes of the values ``shown``, all escaped."""
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sbml.program", "report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.globals |= {"text": text, "docs": DOCS}
-    made.filters["label"] = label
-    return made
+    environment.globals |= {"text": text, "docs": DOCS, "of_levels": OF_LEVELS}
+    environment.filters |= {"label": label, "base64": lambda png: base64.b64encode(png).decode()}
+    return environment.get_template(template).render(shown)
 
 
 def text(value: object, form: str = "") -> str:
@@ -259,33 +230,29 @@ def text(value: object, form: str = "") -> str:
     return str(value)
 
 
-def flat(value: Mapping[str, object], top: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} as {"a.b": 1}; lists are not changed, and the name ``top`` is omitted."""
-    leaves: dict[str, object] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            prefix = "" if key == top else f"{key}."
-            leaves |= {f"{prefix}{name}": leaf for name, leaf in flat(item).items()}
-        else:
-            leaves[key] = item
+def flat(value: Json) -> Json:
+    """{"a": {"b": 1}} as {"a.b": 1}; lists and {} are not changed."""
+    leaves: Json = flatten_dict(value, is_leaf=lambda _, item: not item, sep=".")
     return leaves
 
 
 def rows_figure(
     name: str, rows: Sequence[plots.Row], unit: str, caption: str, origin: float | None = None
-) -> Figure:
+) -> dict[str, str]:
     """A figure of ``plots.rows``, with all rows in its alternative text."""
     draw = partial(plots.rows, rows=rows, unit=unit, origin=origin)
     height = plots.ROWS_HEIGHT + plots.ROW_HEIGHT * len(rows)
     each = "; ".join(f"{row.label} {row.text}" for row in rows)
-    drawn = figure(name, draw, caption, height=height)
+    low, high = plots.limits(rows)
+    if any(math.isfinite(row.mean) and not low <= row.mean <= high for row in rows):
+        caption += " An arrow: the number is too far from the others for this axis."
+    drawn = plots.figure(name, draw, caption, height=height)
     return {**drawn, "alt": f"{name}, {unit}: {each}."}
 
 
 def row(label: str, number: Json, *, ours: bool, key: str = "bits_per_dim") -> plots.Row:
     """The value ``key`` of ``number`` with its 95% interval, in blue if it is of this model."""
-    value, half = float(number[key]), float(number.get("ci95") or 0)
-    low, high = map(float, number.get("interval") or (value - half, value + half))
+    value, (low, high) = float(number[key]), map(float, number["interval"])
     if not math.isfinite(value):
         return plots.Row(label, value, low, high, "not finite", plots.WARN)
     colour = plots.ACCENT if ours else plots.MUTED
@@ -294,12 +261,10 @@ def row(label: str, number: Json, *, ours: bool, key: str = "bits_per_dim") -> p
 
 def label(result: Json, whole: bool = False) -> str:
     """The name of a result on the page, in full words if ``whole``."""
-    name, noise = (str(result.get(key, "")) for key in ("estimator", "dequantizer"))
-    words = [ESTIMATORS.get(name, (name, name))[whole]]
-    words += [noise.replace("_", " ") + " dequantization" * whole] if noise else []
-    if (draws := result.get("num_importance") or 1) > 1:
-        words.append(f"K = {draws}")
-    return ", ".join(filter(None, words)) or "result"
+    kind, noise, draws = (result[name] for name in KIND)
+    words = [ESTIMATORS.get(kind, (kind, kind))[whole]]
+    words.append(noise.replace("_", " ") + " dequantization" * whole)
+    return ", ".join(words + [f"K = {draws}"] * (draws > 1))
 
 
 def verdict(result: Json, examples: str = "images") -> tuple[str, bool]:
@@ -331,12 +296,11 @@ def copied(run: str, results: Sequence[Json]) -> dict[str, str]:
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(names)
     for result in results:
-        kind, noise = (result.get(key, "") for key in ("estimator", "dequantizer"))
-        draws, eps = result.get("num_importance") or 1, result.get("smallest_time")
-        interval, n = result.get("interval") or [None, None], result.get("n")
+        kind, noise, draws = (result[name] for name in KIND)
+        interval, n, eps = (result[name] for name in ("interval", "n", "smallest_time"))
         writer.writerow([run, kind, noise, draws, result["bits_per_dim"], *interval, n, eps])
         low, high = (text(end, "bits") for end in interval)
-        mantissa, _, exponent = f"{eps or 0:.2e}".partition("e")
+        mantissa, _, exponent = f"{eps:.2e}".partition("e")
         time = f"{float(mantissa):g}" + (rf" \times 10^{{{int(exponent)}}}" if eps else "")
         row = [run, kind, noise + (f", K = {draws}" if draws > 1 else "")]
         bits, own = text(result["bits_per_dim"], "bits"), f"{low} to {high}"
@@ -349,7 +313,7 @@ def copied(run: str, results: Sequence[Json]) -> dict[str, str]:
     return {name: "\n".join(lines) for name, lines in shown.items()}
 
 
-def levels_figure(report: Json) -> Figure | None:
+def levels_figure(report: Json) -> dict[str, str] | None:
     """The figure of the loss at each noise level; None without a bound."""
     if not (levels := report.get("noise_levels")):
         return None
@@ -363,10 +327,11 @@ def levels_figure(report: Json) -> Figure | None:
         del named["training images"]
     curves = {name: values[key] for name, key in named.items() if key in values}
     areas = [f"{name} {area(edges, curve):.2f}" for name, curve in curves.items()]
+    measured = OF_LEVELS.format(levels["images"])
     caption = (
         "Where the bits of the bound come from: the squared error of the noise prediction at each "
         "ratio of signal to noise, SNR, whose logarithm is natural. The area below a "
-        f"curve is the term diffusion, in bits/dim: {', '.join(areas)}.{counted(levels)} The best "
+        f"curve is the term diffusion, in bits/dim: {', '.join(areas)}. {measured} The best "
         "linear prediction is that of a Gaussian with the moments of the training images. A "
         "network that has learned the training images by heart has the lowest possible curve of "
         "training images. Bands are 1.96 standard errors wide on each side."
@@ -374,18 +339,7 @@ def levels_figure(report: Json) -> Figure | None:
     errors = {f"{split} images": "split_stderr", "training images": "train_stderr"}
     bars = {name: 1.96 * values[errors[name]] for name in curves if name in errors}
     draw = partial(plots.levels, edges=edges, curves=curves, bars=bars)
-    return figure("Loss at each noise level", draw, caption)
-
-
-def counted(levels: Mapping[str, Any]) -> str:
-    """What the losses at the noise ``levels`` are measured on, with a space before it; "" without
-    them."""
-    if not levels:
-        return ""
-    return (
-        f" These values are measured on {levels['images']:,} images of each kind with other draws "
-        "than the bound, so they may differ from its term."
-    )
+    return plots.figure("Loss at each noise level", draw, caption)
 
 
 def area(edges: np.ndarray, curve: np.ndarray) -> float:
@@ -394,21 +348,7 @@ def area(edges: np.ndarray, curve: np.ndarray) -> float:
     return float(-np.diff(edges) @ curve)
 
 
-def figure(
-    name: str,
-    draw: Callable[[Axes], None],
-    caption: str = "",
-    *,
-    width: float = plots.WIDTH,
-    height: float = plots.HEIGHT,
-) -> Figure:
-    """A figure of ``width`` x ``height`` inches with its caption, for the templates; ``name`` and
-    ``draw`` are as in ``plots.svg``."""
-    svg = Markup(plots.svg(name, draw, width, height))
-    return {"svg": svg, "alt": f"{name}. {caption}".strip(), "caption": caption}
-
-
-def _histogram(name: str, quantity: str, values: np.ndarray) -> Figure:
+def _histogram(name: str, quantity: str, values: np.ndarray) -> dict[str, str]:
     """The figure of the ``values`` of a ``quantity`` for the number called ``name``."""
     finite = values[np.isfinite(values)]
     caption = f"{values.size:,} images, none finite."
@@ -420,12 +360,12 @@ def _histogram(name: str, quantity: str, values: np.ndarray) -> Figure:
     if 0 < finite.size < values.size:
         caption += f" {values.size - finite.size:,} not finite, not in this mean."
     caption = f"{name}. {caption}" if name else caption
-    return figure(
+    return plots.figure(
         f"{name}: {quantity}", partial(plots.histogram, values=values, label=quantity), caption
     )
 
 
-def training(curves: Sequence[Mapping[str, Any]]) -> Figure | None:
+def training(curves: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
     """The figure of the loss of a training; None if fewer than two steps are logged."""
     logged = {point["step"]: point for point in curves if "loss" in point}
     if len(logged) < 2:
@@ -441,10 +381,10 @@ def training(curves: Sequence[Mapping[str, Any]]) -> Figure | None:
     if seconds := logged[max(logged)].get("seconds"):
         caption += f" Training time {timedelta(seconds=round(seconds))}."
     draw = partial(plots.training, step=step, loss=loss, window=window)
-    return figure("Training loss", draw, caption)
+    return plots.figure("Training loss", draw, caption)
 
 
-def validation(curves: Sequence[Mapping[str, Any]]) -> Figure | None:
+def validation(curves: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
     """The figure of the bound on validation images during a training; None without two points."""
     name, error = "validation_bits_per_dim", "validation_stderr"
     points = {p["step"]: (p[name], p.get(error)) for p in curves if p.get(name) is not None}
@@ -462,19 +402,20 @@ def validation(curves: Sequence[Mapping[str, Any]]) -> Figure | None:
         "images. All points have the same images and draws, so differences between steps are more "
         "certain than the band."
     )
-    draw = partial(plots.validation, step=step, bound=bound, half_width=1.96 * stderr)
-    return figure("Validation", draw, caption)
+    band, unit = 1.96 * stderr, "bound, bits/dim"
+    draw = partial(plots.validation, step=step, values=bound, half_width=band, label=unit)
+    return plots.figure("Validation", draw, caption)
 
 
-def data_url(png: bytes) -> str:
-    """A PNG file as a data URL for the ``src`` of an ``img``."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def grid(images: np.ndarray, levels: int, columns: int, scale: int) -> bytes:
+    """A PNG file with a grid of ``images`` in at most ``columns`` columns."""
+    return png(image_grid(images, levels, min(columns, len(images)), scale))
 
 
-def grid_url(images: np.ndarray, levels: int, columns: int, scale: int) -> str:
-    """A grid of ``images`` in at most ``columns`` columns as a data URL."""
-    grid = pictures.image_grid(images, levels, min(columns, len(images)), scale)
-    return data_url(pictures.png(grid))
+def few(images: np.ndarray, levels: int) -> bytes:
+    """A PNG file with a grid of the first ``images``, at most 4 rows of 8."""
+    count = min(32, max(1, 2 * PIXEL_BUDGET // images[0].size))
+    return grid(images[:count], levels, 8, max(1, 48 // max(images.shape[1:3])))
 
 
 def _extremes(
@@ -489,7 +430,7 @@ def _extremes(
     return [
         [
             {
-                "png": grid_url(images[ids[i]][None], levels, 1, scale),
+                "png": grid(images[ids[i]][None], levels, 1, scale),
                 "name": str(ids[i] if names is None else names[i]),
                 "caption": f"id {ids[i]}" if names is None else str(names[i]),
                 "class": None if classes is None else str(classes[i]),
@@ -502,9 +443,9 @@ def _extremes(
     ]
 
 
-def _samples(samples: np.ndarray, levels: int, classes: Sequence[str]) -> dict[str, str]:
-    """The grid of ``samples``. Sample i has the class i modulo the number of classes, and each
-    column has one class, unless there are more classes than columns."""
+def _samples(samples: np.ndarray, levels: int, classes: Sequence[str]) -> tuple[str, bytes]:
+    """The caption and the grid of ``samples``. Sample i has the class i modulo the number of
+    classes, and each column has one class, unless there are more classes than columns."""
     count = len(classes)
     scale = max(1, 64 // max(samples.shape[1:3]))
     columns = min(SAMPLE_COLUMNS, max(1, PAGE_WIDTH // (samples.shape[2] * scale)))
@@ -518,7 +459,7 @@ def _samples(samples: np.ndarray, levels: int, classes: Sequence[str]) -> dict[s
     elif count:
         again = ", and these again" if columns > count else ""
         alt += f" Each column has one class: {', '.join(classes)}{again}."
-    return {"png": grid_url(shown, levels, columns, scale), "alt": alt}
+    return alt, grid(shown, levels, columns, scale)
 
 
 def _ending(table: Mapping[str, np.ndarray], ending: str) -> dict[str, np.ndarray]:

@@ -4,12 +4,10 @@ import io
 from typing import Annotated
 
 import numpy as np
-from etils import epath
 from jaxtyping import Integer
 from PIL import Image
 
 from sbml.core.door import condition, typed
-from sbml.core.files import write_whole
 from sbml.core.scalars import Count
 
 GAP_GREY = 128  # the grey between images, visible on light and on dark pages
@@ -54,8 +52,3 @@ def png(array: Integer[np.ndarray, "..."]) -> bytes:
     grey = array.ndim == 3 and array.shape[2] == 1
     Image.fromarray(array[..., 0] if grey else array).save(buffer, "png", optimize=True)
     return buffer.getvalue()
-
-
-def write_png(path: epath.PathLike, array: np.ndarray) -> None:
-    """Write ``array`` as PNG (:func:`png`), whole or not at all."""
-    write_whole(path, png(array))

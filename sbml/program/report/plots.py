@@ -5,6 +5,7 @@ variable, so that one figure fits light and dark pages.
 """
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,21 +13,16 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-INK, MUTED, RULE = "#1b2026", "#59616c", "#d9dde3"
-ACCENT, SECOND, WARN = "#1d5fa6", "#c07a00", "#a63a0a"
-# Blue (accent) and amber (second) differ for all kinds of colour blindness.
-PALETTE = {
-    "ink": INK,
-    "muted": MUTED,
-    "rule": RULE,
-    "accent": ACCENT,
-    "second": SECOND,
-    "warn": WARN,
-}
+# The colours by their variables in report.css. Blue (accent) and amber (second) differ for all
+# kinds of colour blindness.
+PALETTE = {"ink": "#1b2026", "muted": "#59616c", "rule": "#d9dde3"}
+PALETTE |= {"accent": "#1d5fa6", "second": "#c07a00", "warn": "#a63a0a"}
+INK, MUTED, RULE, ACCENT, SECOND, WARN = PALETTE.values()
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 8.5,
@@ -54,28 +50,36 @@ ROWS_HEIGHT, ROW_HEIGHT = 0.45, 0.42  # inches, of :func:`rows`
 ANNOTATION_HEIGHT = 0.12
 
 
-def svg(name: str, draw: Callable[[Axes], None], width: float, height: float) -> str:
-    """SVG text of the figure that ``draw`` draws on new axes of width x height inches.
+def figure(
+    name: str,
+    draw: Callable[[Axes], None],
+    caption: str = "",
+    *,
+    width: float = WIDTH,
+    height: float = HEIGHT,
+) -> dict[str, str]:
+    """The figure that ``draw`` draws on new axes of width x height inches, for the templates: the
+    ``svg``, its ``caption``, and the text ``alt`` in its place.
 
     ``name`` must differ between the figures of a page, because the ids of clip paths are made from
     it.
     """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        figure.patch.set_visible(False)
-        axes = figure.add_subplot()
+        drawn = Figure(figsize=(width, height), layout="constrained")
+        drawn.patch.set_visible(False)
+        axes = drawn.add_subplot()
         axes.patch.set_visible(False)
         draw(axes)
         buffer = io.StringIO()
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # None: left out
-        figure.savefig(buffer, format="svg", metadata=metadata)
+        drawn.savefig(buffer, format="svg", metadata=metadata)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     # The ids of groups are the same in every figure, but an id must be unique in a page.
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     for variable, colour in PALETTE.items():
         text = text.replace(colour, f"var(--{variable})")
-    return text
+    return {"svg": Markup(text), "alt": f"{name}. {caption}".strip(), "caption": caption}
 
 
 class Row(NamedTuple):
@@ -90,11 +94,26 @@ class Row(NamedTuple):
     colour: str = ACCENT
 
 
+def limits(rows: Sequence[Row]) -> tuple[float, float]:
+    """The ends of an axis for ``rows``: numbers beyond them would press the others together.
+
+    They are ten usual widths from the median. The usual width is the median distance from it, and
+    the median half-width of an interval is added.
+    """
+    finite = [row[1:4] for row in rows if math.isfinite(row.mean)] or [(0.0, 0.0, 0.0)]
+    means, low, high = np.array(finite).T
+    centre, halves = np.median(means), np.nan_to_num(high - low, posinf=0) / 2
+    reach = 10 * (np.median(np.abs(means - centre)) + np.median(halves)) or np.inf
+    return float(centre - reach), float(centre + reach)
+
+
 def rows(axes: Axes, rows: Sequence[Row], unit: str, origin: float | None = None) -> None:
-    """The ``rows``, the first at the top, each with a mark at ``origin``.
+    """The ``rows``, the first at the top, each with a mark at ``origin``; an arrow is in the place
+    of a number beyond the :func:`limits`.
 
     A figure is ``ROWS_HEIGHT`` inches high, and ``ROW_HEIGHT`` more for each row.
     """
+    low, high = limits(rows)
     for y, row in enumerate(rows):
         bold = "normal" if row.colour == MUTED else "bold"
         place = partial(
@@ -104,8 +123,13 @@ def rows(axes: Axes, rows: Sequence[Row], unit: str, origin: float | None = None
             textcoords="offset points",
         )
         axes.axhline(y, color=RULE, linewidth=0.6)
-        axes.plot([row.low, row.high], [y, y], color=row.colour, linewidth=2)
-        axes.plot(row.mean, y, "o", color=row.colour, markersize=5)
+        if low <= row.mean <= high:
+            axes.plot(np.clip([row.low, row.high], low, high), [y, y], color=row.colour, lw=2)
+            axes.plot(row.mean, y, "o", color=row.colour, markersize=5)
+        elif math.isfinite(row.mean):
+            end, arrow = (1, ">") if row.mean > high else (0, "<")
+            edge = axes.get_yaxis_transform()
+            axes.plot(end, y, arrow, color=row.colour, markersize=6, transform=edge, clip_on=False)
         label = row.label if len(row.label) < 36 else f"…{row.label[-34:]}"
         place(label, (0, y), parse_math=False)
         place(row.text, (1, y), ha="right", color=row.colour, weight=bold)
@@ -184,15 +208,15 @@ def pair(
 
 
 def _note(axes: Axes, height: float, text: str, colour: str = WARN) -> None:
-    axes.text(
-        1,
-        height,
+    weight = "bold" if colour == WARN else "normal"
+    axes.annotate(
         text,
-        transform=axes.transAxes,
+        (1, height),
+        xycoords="axes fraction",
         ha="right",
         va="top",
         color=colour,
-        weight="bold" if colour == WARN else "normal",
+        weight=weight,
     )
 
 
@@ -229,13 +253,16 @@ def training(axes: Axes, step: np.ndarray, loss: np.ndarray, window: int) -> Non
     axes.set(xlabel="training step", ylabel="loss, nats/dim")
 
 
-def validation(axes: Axes, step: np.ndarray, bound: np.ndarray, half_width: np.ndarray) -> None:
-    """The bound in bits/dim by step, with a band of ``half_width`` around it, each ``(n,)``."""
-    axes.fill_between(step, bound - half_width, bound + half_width, color=ACCENT, alpha=0.15, lw=0)
-    axes.plot(step, bound, "o-", color=ACCENT, markersize=3, linewidth=1.4)
+def validation(
+    axes: Axes, step: np.ndarray, values: np.ndarray, half_width: np.ndarray, label: str
+) -> None:
+    """The ``values`` by step, with a band of ``half_width`` around them, each ``(n,)``."""
+    low, high = values - half_width, values + half_width
+    axes.fill_between(step, low, high, color=ACCENT, alpha=0.15, lw=0)
+    axes.plot(step, values, "o-", color=ACCENT, markersize=3, linewidth=1.4)
     axes.grid(axis="y")
     axes.margins(x=0.01)
-    axes.set(xlabel="training step", ylabel="bound, bits/dim")
+    axes.set(xlabel="training step", ylabel=label)
 
 
 def levels(

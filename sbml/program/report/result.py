@@ -7,10 +7,12 @@ from sbml.core.types import Json
 from sbml.density import estimate
 from sbml.density.estimators import Cell
 from sbml.likelihood import PriorError
+from sbml.program.runtime.workdir import Workdir
 from sbml.statistics.intervals import HEAVY, Interval
 
 # Pages of the documentation (``page.DOCS``).
-_BARS, _DEQUANTIZATION = "explanations/error_bars.html", "explanations/dequantization.html"
+_BARS, _TIME = "explanations/error_bars.html", "explanations/dequantization.html"
+_TIME += "#the-smallest-time-for-integer-data"
 _ALL = f"{_BARS}#no-image-and-no-outlier-is-left-out"
 # What the table of the page shows of a row: the heading; the format, "bits" for bits/dim, or one of
 # Python for floats; and the page of the documentation that explains it.
@@ -30,11 +32,7 @@ ROWS = {
     "max": ("largest of an image", "bits", ""),
     "median": ("median of the images", "bits", _ALL),
     "without_outliers": ("mean without outliers", "bits", _ALL),
-    "smallest_time": (
-        "smallest time",
-        ".3g",
-        f"{_DEQUANTIZATION}#the-smallest-time-for-integer-data",
-    ),
+    "smallest_time": ("smallest time", ".3g", _TIME),
     "nfe_mean": ("network evaluations, mean", ".1f", ""),
     "nfe_max": ("network evaluations, max", ".6g", ""),
 }
@@ -76,3 +74,9 @@ def said(row: Json, unit: str, examples: str, of: str = "", after: str = "") -> 
     if "prior_error" in row:
         prior = PriorError(row["prior_error"], row["prior_error_each"]).line(unit.split()[0])
     return f"{estimate.line(row, unit, examples, about, of)}{remedy}{after}{prior}"
+
+
+def next_steps(workdir: Workdir) -> str:
+    """What one can do with the report and the model of ``workdir``: the last line of a command."""
+    density = f"sbml.load({str(workdir)!r})"
+    return f"next: open the report in a browser; in Python, {density} is the density"

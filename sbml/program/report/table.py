@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from sbml.program.report import page, plots, result
 
@@ -56,7 +55,7 @@ def render(
     samples: np.ndarray,
     curves: Sequence[Mapping[str, Any]],
 ) -> str:
-    """The page.
+    """The page, which is that of the report with other parts.
 
     Args:
       content: the content of ``table.json``.
@@ -64,13 +63,9 @@ def render(
       samples: samples of the model, ``(m, d)``.
       curves: the metrics of the training.
     """
-    names = [column["name"] for column in content["columns"]]
-    shown = [
-        page.row(r["name"], r, ours=r["name"] == "model", key="log_p") for r in content["results"]
-    ]
-    caption = "Bars: 95% intervals of each mean. The paired differences below are more precise."
+    names, model = [column["name"] for column in content["columns"]], content["results"][0]
     marginals = [
-        page.figure(
+        plots.figure(
             f"Marginal of {name}",
             partial(plots.marginal, data=values[:, i], samples=samples[:, i], label=name),
             width=2.5,
@@ -92,28 +87,37 @@ def render(
         outside = int(np.any((each < own[0]) | (each > own[1]), axis=1).sum())
         said = f"{len(rows):,} {what}" + (f", {outside:,} of them outside" if outside else "")
         title = f"{names[i]} and {names[j]}, {what}"
-        pairs.append(page.figure(title, partial(plots.pair, **drawn), f"{said}."))
-    return (
-        page.environment()
-        .get_template("table.html")
-        .render(
-            **content,
-            model=content["results"][0],
-            verdict_of_model=page.verdict(content["results"][0], "rows"),
-            comparison=page.rows_figure("Comparison", shown, f"{UNIT}, higher is better", caption),
-            validation_figure=page.figure(
-                "Validation",
-                partial(_validation, curve=content["validation"]),
-                "Validation rows: the step with the largest log p is evaluated.",
-            ),
-            training=page.training(
-                [{k: v for k, v in point.items() if k != "images_per_s"} for point in curves]
-            ),
-            marginals=marginals,
-            pairs=pairs,
-            hidden=len(names) - len(marginals),
-            details={"Configuration": page.flat(content["config"])},
-        )
+        pairs.append(plots.figure(title, partial(plots.pair, **drawn), f"{said}."))
+    rows = [page.row(r["name"], r, ours=r is model, key="log_p") for r in content["results"]]
+    caption = "Bars: 95% intervals of each mean. The paired differences below are more precise."
+    step, scores = np.array([[p["step"], p["log_p_z"]] for p in content["validation"]], float).T
+    unit = "log p, whitened, nats per row"
+    draw = partial(plots.validation, step=step, values=scores, half_width=0 * step, label=unit)
+    choice = "Validation rows: the step with the largest log p is evaluated."
+    loss = page.training([{**point, "images_per_s": None} for point in curves])
+    error, half = (page.text(model[name], ".1g") for name in ("solver_error", "solver_error_ci95"))
+    return page.render(
+        "table.html",
+        report=content,
+        title=content["title"],
+        warnings=content["warnings"],
+        results=content["results"],
+        verdict=page.verdict(model, "rows"),
+        versus=content["verdict"],
+        comparison=page.rows_figure("Comparison", rows, f"{UNIT}, higher is better", caption),
+        facts={
+            "Rows to train on": content["rows"]["train"],
+            "Rows for validation": content["rows"]["validation"],
+            "Parameters": content["parameters"],
+            "Network evaluations, mean": page.text(model["nfe_mean"], ".1f"),
+            "Solver's error, nats": f"{error} ± {half}",
+            "Error of the prior, KL(p_T || pi), nats": page.text(model["prior_error"], ".2g"),
+        },
+        losses=[plots.figure("Validation", draw, choice), loss],
+        marginals=marginals,
+        pairs=pairs,
+        hidden=len(names) - len(marginals),
+        details={"Configuration": page.flat(content["config"])},
     )
 
 
@@ -124,10 +128,3 @@ def _dependent(values: np.ndarray) -> list[tuple[int, int]]:
     pairs = list(itertools.combinations(range(ranks.shape[1]), 2))
     strength = np.abs(np.atleast_2d(np.corrcoef(ranks.T)))
     return sorted(pairs, key=lambda pair: -strength[pair])[:PAIRS]
-
-
-def _validation(axes: Axes, curve: Sequence[Mapping[str, Any]]) -> None:
-    steps, scores = ([float(point[k]) for point in curve] for k in ("step", "log_p_z"))
-    axes.plot(steps, scores, "o-", color=plots.ACCENT, markersize=3, linewidth=1.2)
-    axes.grid(axis="y")
-    axes.set(xlabel="training step", ylabel="log p, whitened, nats per row")

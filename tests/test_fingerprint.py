@@ -1,6 +1,8 @@
 """A fingerprint changes with everything that changes a number, and with nothing else."""
 
 import dataclasses
+import importlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +92,27 @@ def test_a_function_without_a_name_counts_by_its_code_and_by_what_it_reads():
     assert " at 0x" not in str(fingerprint.of(lambda x: map(lambda y: y + 1, x)))
     with pytest.raises(TypeError, match="has no fingerprint"):
         fingerprint.of(object())
+
+
+def test_a_part_of_another_package_counts_by_its_file(tmp_path, monkeypatch):
+    """Also where only its name is known, as that of a prediction; comments do not count."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    text = "import dataclasses\n@dataclasses.dataclass\nclass Mine:\n    slope: float = 5.0\n"
+    text += "    def std(self, t):\n        return self.slope * t\ndef made(f):\n    return f\n"
+
+    def found(text):
+        (tmp_path / "mine_outside.py").write_text(text)
+        monkeypatch.delitem(sys.modules, "mine_outside", raising=False)
+        part = importlib.import_module("mine_outside")
+        values = (part.Mine(), part.made, Adapter(OWN.model, VP(), "mine_outside:made"))
+        return [str(fingerprint.of(value)) for value in values]
+
+    base = found(text)
+    assert found(text.replace("slope * t", "slope *  t  # the noise")) == base
+    changed = found(text.replace("slope * t", "slope * t**2"))
+    assert not set(changed) & set(base)
+    assert fingerprint.of(VP) == "sbml.sdes.linear_beta:VP" and fingerprint.of("a: b") == "a: b"
 
 
 # Fields of a config that change the rows of an evaluation (of the ODE or of the bound), and those

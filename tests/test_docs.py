@@ -157,6 +157,15 @@ def test_what_github_renders_has_no_role_and_no_dead_link(name: str) -> None:
     assert not dead, dead
 
 
+def test_each_picture_of_the_gallery_leads_to_a_task() -> None:
+    """A scaled picture would lead to its file instead, without the class."""
+    text = (ROOT / "docs/gallery.md").read_text()
+    links = re.findall(r"\[!\[[^\]]*\]\([^)]*\)\{(\.[\w-]+)[^}]*\}\]\(([^)]*)\)", text)
+    assert len(links) == text.count("![") > 0
+    assert {kind for kind, _ in links} <= {".no-scaled-link", ".only-light", ".only-dark"}
+    assert all(leads_somewhere(link, ROOT / "docs") for _, link in links)
+
+
 def test_a_dead_link_is_found() -> None:
     assert leads_somewhere("LICENSE", ROOT) and not leads_somewhere("LICENCE", ROOT)
     assert leads_somewhere(f"{SITE}explanations/error_bars.html#the-prior", ROOT)

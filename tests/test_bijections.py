@@ -1,9 +1,13 @@
-"""Bijections of distrax and flowjax as changes of variables; ``.ci/frameworks`` runs them."""
+"""Bijections of distrax and flowjax as changes of variables, and the documentation's examples with
+libraries that the other tests do not need; ``.ci/frameworks`` runs them."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_docs
 from scipy import stats
 
 import sbml
@@ -45,3 +49,14 @@ def test_log_p_samples_and_gradient_of_lognormal_data(bijection) -> None:
     gradient = jax.grad(lambda y: d.log_prob(y).sum())(jnp.asarray(Y))
     expected = -(1 + (np.log(Y) - MEAN) / STD**2) / Y
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "block", test_docs.NEEDS_OTHERS, ids=lambda block: f"{block[0]}:{block[1]}"
+)
+def test_a_block_of_the_documentation_prints_the_truth(block, capsys) -> None:
+    """The comment names it; the error of the chains' means is about 0.05."""
+    test_docs.execute(*block)
+    truth = re.findall(r"-?\d+\.?\d*", block[2].rpartition("# the truth: ")[2])
+    printed = np.array(capsys.readouterr().out.strip("[]\n").split(), float)
+    np.testing.assert_allclose(printed, np.array(truth, float), atol=0.2)

@@ -43,16 +43,17 @@ def execute(name: str, line: int, code: str) -> None:
 BLOCKS = [(name, *block) for name in DOCS for block in blocks((ROOT / name).read_text())]
 NEEDS_A_RUN = "docs/guides/resuming.md"
 NEEDS_TORCH = [block for block in BLOCKS if "import torch" in block[2]]  # run by test_pytorch.py
-OTHERS = re.compile(r"^(from|import) (blackjax|flowjax|numpyro)", re.MULTILINE)
-NEEDS_OTHERS = [block for block in BLOCKS if OTHERS.search(block[2])]
 # If another block begins with the code of a block, only the longer one is run.
 LONGEST = [
     block
     for block in BLOCKS
     if block[0] != NEEDS_A_RUN
-    and block not in NEEDS_TORCH + NEEDS_OTHERS
+    and block not in NEEDS_TORCH
     and not any(o[2] != block[2] and o[2].startswith(block[2]) for o in BLOCKS)
 ]
+
+OTHERS = re.compile(r"^(from|import) (blackjax|flowjax|numpyro)", re.MULTILINE)
+NEEDS_OTHERS = [block for block in LONGEST if OTHERS.search(block[2])]  # by test_bijections.py
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,8 @@ def three_steps() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("three_steps")
 @pytest.mark.parametrize(
-    ("name", "line", "code"), [pytest.param(*b, id=f"{b[0]}:{b[1]}") for b in LONGEST]
+    ("name", "line", "code"),
+    [pytest.param(*b, id=f"{b[0]}:{b[1]}") for b in LONGEST if b not in NEEDS_OTHERS],
 )
 def test_the_block_runs(name: str, line: int, code: str) -> None:
     try:
@@ -83,14 +85,6 @@ def test_the_block_runs(name: str, line: int, code: str) -> None:
     except Exception as error:
         error.add_note(f"in the block of {name} that starts on line {line}")
         raise
-
-
-@pytest.mark.frameworks
-@pytest.mark.parametrize(
-    ("name", "line", "code"), [pytest.param(*b, id=f"{b[0]}:{b[1]}") for b in NEEDS_OTHERS]
-)
-def test_the_block_with_another_library_runs(name: str, line: int, code: str) -> None:
-    execute(name, line, code)
 
 
 @pytest.mark.slow
@@ -155,6 +149,15 @@ def test_what_github_renders_has_no_role_and_no_dead_link(name: str) -> None:
     dead = [link for link in own if not leads_somewhere(link, (ROOT / name).parent)]
     assert own or name != "README.md"
     assert not dead, dead
+
+
+def test_each_picture_of_the_gallery_leads_to_a_task() -> None:
+    """A scaled picture would lead to its file instead, without the class."""
+    text = (ROOT / "docs/gallery.md").read_text()
+    links = re.findall(r"\[!\[[^\]]*\]\([^)]*\)\{(\.[\w-]+)[^}]*\}\]\(([^)]*)\)", text)
+    assert len(links) == text.count("![") > 0
+    assert {kind for kind, _ in links} <= {".no-scaled-link", ".only-light", ".only-dark"}
+    assert all(leads_somewhere(link, ROOT / "docs") for _, link in links)
 
 
 def test_a_dead_link_is_found() -> None:

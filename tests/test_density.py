@@ -445,5 +445,5 @@ def test_a_bound_far_above_the_ode_is_a_contradiction() -> None:
         text = contradiction(-logp, bound, most=0.07 * 3)
         assert text.startswith("the bound is ") == far == bool(text), (bound, text)
     gap = float(np.mean(logp.values + bound.values))
-    assert f"{gap:.3f} +- " in text and "check which times it takes" in text
+    assert f"{gap:.3f} +- " in text and "check which times the network takes" in text
     assert logp.mean < -15 and not contradiction(-logp, bound, most=gap / 4)

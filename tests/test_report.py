@@ -395,7 +395,7 @@ def test_a_value_outside_of_a_histogram_is_no_alarm() -> None:
     colours = {
         text.get_text(): text.get_color() for text in axes.texts if text.get_text() != "mean"
     }
-    assert [*colours.values()] == [plots.MUTED, plots.MUTED, plots.WARN], colours
+    assert [*colours.values()] == [plots.INK, plots.INK, plots.WARN], colours
 
 
 def test_each_value_falls_in_a_bin() -> None:

@@ -331,17 +331,16 @@ def contradiction(by_ode: Estimate, bound: Estimate, most: float) -> str:
     """
     gap = intervals.mean_interval(by_ode.values - bound.values)
     above = f"{abs(gap.mean):.3f} +- {gap.ci95:.3f} {bound.unit} above"
+    why = "the ODE and the SDE of this score have very different likelihoods, so the score is not"
     if gap.mean - gap.ci95 > most:
         return (
-            f"the number of the ODE is {above} the bound: the ODE and the SDE of this score have "
-            "very different likelihoods, so the score is not accurate. Train longer, or report the "
-            "bound"
+            f"the number of the ODE is {above} the bound: {why} accurate. Train longer, or report "
+            "the bound"
         )
     if -gap.mean > max(4 * most, most + gap.ci95):
         return (
-            f"the bound is {above} the number of the ODE, so the score is not accurate at all "
-            "times. Train longer, or with likelihood weighting. If the network was trained with "
-            "other code, check which times it takes and what it predicts"
+            f"the bound is {above} the number of the ODE: {why} accurate. Train longer, or check "
+            "which times the network takes and what it predicts"
         )
     return ""
 

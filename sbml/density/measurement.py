@@ -355,8 +355,7 @@ class Measurement:
         self, tables: Sequence[Columns], noise: tuple[float, float], **fields: Any
     ) -> Estimate:
         """The means of ``tables``, where ``noise`` is the standard error of the random draws and
-        its degrees of freedom. The half-width for them is at most that for the population, which
-        covers them too: of few sweeps, Student's quantile can be far larger."""
+        its degrees of freedom. Its interval is at most the population's, which covers it too."""
         values = np.mean([self.total(table) for table in tables], axis=0)
         stderr, freedom = noise
         population = intervals.mean_interval(values)

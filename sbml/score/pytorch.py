@@ -31,7 +31,7 @@ Module: TypeAlias = "torch.nn.Module"
 def network(module: Module) -> Callable[..., Array]:
     """The network ``(x_t (n, *s), t (n,)) -> (n, *s)`` of ``module(x_t, t)``, translated to JAX.
 
-    A conditional module is called with the condition as its third argument.
+    ``t`` is the time of the SDE. The condition of a conditional module is its third argument.
 
     Raises:
       ValueError: torchax cannot be imported.

@@ -29,8 +29,8 @@ Sections = dict[str, Json]
 
 # Fields of a network or dequantizer that may differ from those in the checkpoint's config.
 FREE = ("clipped", "dropout", "dtype", "init_scale", "remat")
-# Fields of ``data``, and of a fingerprint, that do not tell why two sets of images differ.
-SAME_DATA = ("cache_dir", "dequantization", "flip", "id", "manual_dir")
+# Fields and a part of a fingerprint that do not tell why two sets of images differ.
+SAME_DATA = ("data.cache_dir", "data.dequantization", "data.flip", "data.manual_dir", "id")
 _said = functools.partial(brief, form=notation)  # a value of a field in a message
 
 
@@ -212,19 +212,12 @@ def other_data(metadata: Metadata, ours: Metadata) -> list[str]:
         present, first = ours["data"], i < len(earlier)
         data.imagenet32.check_comparable(stored["name"], present["name"])
         if stored["sha256"] != present["sha256"]:
-            # The config is that of the last data.
-            config = {} if first else metadata["config"]["data"]
-            sections = ("data.", ours["config"]["data"], config), ("", present, stored)
-            found = [
-                "; ".join(
-                    f"{prefix}{name} is {_said(value)}, in training it was {_said(then[name])}"
-                    for name, value in now.items()
-                    if name not in SAME_DATA and then.get(name, value) != value
-                )
-                for prefix, now, then in sections
-            ]
-            again = " first" if first else ""
-            warnings.append(
-                f"the model was{again} trained on other data than this: {found[0] or found[1]}"
-            )
+            config = {} if first else metadata["config"]["data"]  # It is that of the last data.
+            then = flatten_dict({**stored, "data": config}, sep=".")
+            now = flatten_dict({**present, "data": ours["config"]["data"]}, sep=".")
+            names = [k for k, v in now.items() if k not in SAME_DATA and then.get(k, v) != v]
+            names = [name for name in names if name.startswith("data.")] or names
+            said = [f"{k} is {_said(now[k])}, in training it was {_said(then[k])}" for k in names]
+            about = f"the model was{' first' * first} trained on other data than this"
+            warnings.append(f"{about}: {'; '.join(said)}")
     return warnings

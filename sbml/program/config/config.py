@@ -290,15 +290,15 @@ def with_overrides(config: ConfigDict | Json, overrides: Mapping[str, str]) -> C
         if lost:
             each = ", ".join(f"{field}={notation(value)}" for field, value in lost.items())
             print(f"config.{kind.section}.name={name} leaves out {each} of {before['name']}")
-    names = [*flatten_dict(values, sep=".")]
-    before = Section.known.set({*names, *(name.rpartition(".")[0] for name in names)})
+    fields = flatten_dict(values, sep=".")
+    token = Section.known.set({*fields, *(name.rpartition(".")[0] for name in fields)})
     try:
         for name, text in overrides.items():
             node, last = node_of(values, name)
             node[last] = Override(text)
         return Config(**values)
     finally:
-        Section.known.reset(before)
+        Section.known.reset(token)
 
 
 def small_dequantizer(config: ConfigDict, *, num_steps: int) -> None:

@@ -259,10 +259,10 @@ def unknown(section: str, name: str, fields: Collection[str]) -> str:
     near = [f"{own}{field}" for field in fields if field in alike]
     near = near or [full for full in Section.known.get() if full.rpartition(".")[2] in alike]
     near = difflib.get_close_matches(f"{own}{name}", near, 3, cutoff=0)
-    remedy = f"it has {listed(name, sorted(fields)) or 'none'}"
-    said = " or ".join(near)
-    proposed = hint(said, [said], remedy) if near else hint(name, fields, remedy, own)
-    return f"{where} has no field {name}: {proposed}"
+    names = listed(name, sorted(fields)) or "none"
+    said = f"did you mean {' or '.join(near)}? It has {names}"
+    said = said if near else hint(name, fields, f"it has {names}", own)
+    return f"{where} has no field {name}: {said}"
 
 
 @functools.cache

@@ -21,9 +21,8 @@ SOURCES = (score_flow, vdm)
 def convert(
     config: Config, workdir: Workdir, source: epath.PathLike, pixels: str = ""
 ) -> list[str]:
-    """Convert ``source``: a folder of diffusers, or a checkpoint or a work directory of one of the
-    codes in ``SOURCES``. Of a work directory, the newest checkpoint is converted. The result are
-    lines that say what was converted.
+    """Convert ``source``: a folder of diffusers, or a checkpoint, or the newest one in a work
+    directory, of one of the codes in ``SOURCES``. The returned lines say what was converted.
 
     The code that wrote the file is recognised by its content. ``pixels`` says how a model of
     diffusers was trained to see pixels, one of ``diffusers.PIXELS``.

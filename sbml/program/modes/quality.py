@@ -66,8 +66,7 @@ def run(experiment: Experiment, workdir: Workdir) -> Workdir:
             "(--mode=sample,quality --config.sampling.num_images=1000)"
         )
     train, test = experiment.images("train"), experiment.images("test")
-    ours = experiment.provenance(train)
-    warnings = [] if metadata is None else compatibility.other_data(metadata, ours)
+    warnings = compatibility.other_data(metadata, experiment.provenance(train)) if metadata else []
     for warning in warnings:
         logging.warning(warning)
     flip = (metadata or {}).get("config", {}).get("data", {}).get("flip", config.data.flip)

@@ -154,9 +154,9 @@ def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
     shown = finite[left.size : finite.size - right.size]
     notes = {}
     if left.size:
-        notes[f"{left.size} further left, down to {left[0]:.4g}"] = MUTED
+        notes[f"{left.size} further left, down to {left[0]:.4g}"] = INK
     if right.size:
-        notes[f"{right.size} further right, up to {right[-1]:.4g}"] = MUTED
+        notes[f"{right.size} further right, up to {right[-1]:.4g}"] = INK
     if nonfinite := values.size - finite.size:
         notes[f"{nonfinite} of {values.size} not finite"] = WARN
     if shown.size:

@@ -111,9 +111,9 @@ def paired(of: Table, first: Table) -> Interval | None:
 
 
 def compare(runs: Sequence[Run]) -> Json:
-    """The numbers of the page as plain values: the ``verdict`` on the first cell, ``runs``, the
-    fingerprint ``data`` of the images, ``cells`` with a row for each run, and ``lacking``: for each
-    run, what it does not have but another run has.
+    """The numbers of the page as plain values: ``runs``, the fingerprint ``data`` of the images,
+    ``cells`` with a row for each run, and ``lacking``: for each run, what it does not have but
+    another run has.
     """
     named = [run.name for run in runs]
     if len(runs) < 2:
@@ -155,9 +155,7 @@ def compare(runs: Sequence[Run]) -> Json:
             found["verdict"] = "better" if high < 0 else "worse" if low > 0 else "unclear"
         return found
 
-    cells = [{"name": n, "rows": [row(run, n) for run in runs if n in run.results]} for n in names]
     return {
-        "verdict": verdict(page.label(first.results[names[0]]), cells[0]["rows"]),
         "runs": [
             {
                 "name": run.name,
@@ -171,30 +169,11 @@ def compare(runs: Sequence[Run]) -> Json:
             for run in runs
         ],
         "data": dict(first.images),
-        "cells": cells,
+        "cells": [
+            {"name": n, "rows": [row(run, n) for run in runs if n in run.results]} for n in names
+        ],
         "lacking": {name: missing for name, missing in lacking.items() if missing},
     }
-
-
-def verdict(title: str, rows: Sequence[Json]) -> str:
-    """Whether the best of the other runs is better than the first, in words, by the number
-    ``title`` with these ``rows``."""
-    first, *others = rows
-    if not (others := [row for row in others if "difference" in row]):
-        return f"By {title}, no run shares an image with {first['run']}."
-    best = min(others, key=lambda row: row["difference"])
-    low, high = best["difference_interval"]
-    said = {
-        "better": f"{best['run']} is better than {first['run']}",
-        "worse": f"{first['run']} is better than {best['run']}",
-        "unclear": f"It is unclear whether {best['run']} is better than {first['run']}",
-    }[best["verdict"]]
-    if len(others) > 1:
-        said += f", and {best['run']} is the best of the other {len(others)} runs"
-    return (
-        f"{said}: by {title}, {best['run']} minus {first['run']} is {best['difference']:+z.4f} "
-        f"bits/dim, 95% interval of the paired difference {low:+z.4f} to {high:+z.4f}."
-    )
 
 
 def difference_row(row: Json) -> plots.Row:
@@ -250,7 +229,6 @@ def render(runs: Sequence[Run], numbers: Json) -> str:
         "comparison.html",
         title="Comparison of " + ", ".join(run.name for run in runs),
         first=runs[0].name,
-        verdict=numbers["verdict"],
         shown=SHOWN,
         images=numbers["data"],
         cells=cells,

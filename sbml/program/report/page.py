@@ -244,7 +244,7 @@ def rows_figure(
     height = plots.ROWS_HEIGHT + plots.ROW_HEIGHT * len(rows)
     each = "; ".join(f"{row.label} {row.text}" for row in rows)
     low, high = plots.limits(rows)
-    if any(math.isfinite(row.mean) and not low <= row.mean <= high for row in rows):
+    if any(row.mean < low or row.mean > high for row in rows):
         caption += " An arrow: the number is too far from the others for this axis."
     drawn = plots.figure(name, draw, caption, height=height)
     return {**drawn, "alt": f"{name}, {unit}: {each}."}

@@ -1,5 +1,6 @@
 """The report shows the right numbers, in one page that needs no other file."""
 
+import ast
 import base64
 import csv
 import io
@@ -20,6 +21,7 @@ from PIL import Image
 from sbml.program.report import comparison, pictures, plots, result, table
 from sbml.program.report import page as report_page
 from sbml.program.report.result import ROWS
+from sbml.program.runtime.workdir import Workdir
 from sbml.statistics.intervals import Interval
 
 N, LEVELS = 40, 17
@@ -424,6 +426,11 @@ def test_a_number_that_rounds_to_0_has_no_minus_sign(tmp_path: Path) -> None:
     assert "-" in shown and not re.search(r"(?<![+e])-0\.0+(?![0-9])", shown)
 
 
+def test_the_next_step_can_be_copied() -> None:
+    said = result.next_steps(Workdir("runs/it's"))
+    assert ast.literal_eval(re.findall(r"sbml\.load\((.*?)\)", said)[0]) == "runs/it's"
+
+
 def test_a_line_of_a_table_says_what_cannot_be_trusted() -> None:
     row = {"name": "model", "log_p": 0.5, "interval": [0.3, 0.7], "n": 9, "chosen": "step 3"}
     measured = {"this_set_ci95": 0.01, "converged": False}
@@ -553,10 +560,8 @@ def test_samples_stand_beside_as_many_evaluated_images(tmp_path: Path) -> None:
     images, ids = pixels(), np.arange(5, N)
     table = {name: column[5:] for name, column in columns().items()}
     page = write(tmp_path, numbers(), images=images, table=table, samples=images[:3])
-    for alt, shown in (
-        ("Samples of the model", images[:3]),
-        ("Real images (test)", images[ids[:3]]),
-    ):
+    expected = {"Samples of the model": images[:3], "Real images (test)": images[ids[:3]]}
+    for alt, shown in expected.items():
         grid = pictures.image_grid(shown, LEVELS, columns=3, scale=6)
         np.testing.assert_array_equal(page.images[alt], grid[..., 0])
     page = write(tmp_path, {"results": []}, table=None, images=None)
@@ -568,15 +573,14 @@ def test_a_number_far_from_the_others_is_an_arrow(tmp_path: Path) -> None:
     near = [plots.Row("a", 1.98, 1.95, 2.01, ""), plots.Row("b", 2.4, 2.3, 2.5, "")]
     near.append(plots.Row("c", 2.9, 2.8, 3.0, ""))
     ends = {}
-    for far in (None, 900.0, -900.0, math.nan):
+    for far in (None, 900.0, -900.0):
         shown = near if far is None else [*near, plots.Row("d", far, far - 1, far + 1, "")]
         axes = Figure().add_subplot()
         plots.rows(axes, shown, "bits/dim")
         ends[far] = axes.get_xlim()
         markers = [line.get_marker() for line in axes.lines]
-        assert markers.count("o") == 3 and ">" * (far == 900.0) + "<" * (far == -900.0) == "".join(
-            marker for marker in markers if marker in "<>"
-        )
+        assert markers.count("o") == 3
+        assert (">" in markers, "<" in markers) == (far == 900.0, far == -900.0)
     assert len({*ends.values()}) == 1
     report = numbers()
     report["baselines"][0] |= {"bits_per_dim": 900.0, "interval": [899.0, 901.0]}

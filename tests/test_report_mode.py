@@ -96,7 +96,8 @@ def test_a_run_in_training_is_reported_by_its_progress_and_commands_for_the_rest
     before = (training / ".train.json").read_text()
     runs.mode(report.run, tiny.get_config(), training)
     line = "training in progress, step 3 of 40, last loss 1.3333"
-    assert capsys.readouterr().out.startswith(f"{line}\nreport: ")
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{line}\nreport: ") and "next:" not in printed  # no checkpoint
     numbers, text = shown(training)
     assert line.capitalize() in text and "Loss at 3 logged steps." in text and "0:03:00" in text
     assert numbers["training"]["line"] == line and numbers["training"]["checkpoint"] is None

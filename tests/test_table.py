@@ -143,7 +143,8 @@ def test_a_resumed_run_and_the_gaussian_at_step_0(
     )  # the progress bars
     assert ", model minus Gaussian +0.00" in said.out or "Gaussian -0.00" in said.out
     # The model's line has the smallest time, the prior's error has a line, the outlier a warning.
-    model, prior = said.out.splitlines()[:2]
+    model, prior, *_, last = said.out.splitlines()
+    assert last.startswith("next: ") and f"sbml.load('{tmp_path / 'run'}')" in last
     assert model.startswith(f"model: log p {first['results'][0]['log_p']:.4f} nats per row at t=")
     assert f" at t={notation(first['results'][0]['smallest_time'], '.3g')}, 95% interval [" in model
     z, sde = load(path, "test", log_columns=("a",)).array.astype(float), VP()

@@ -119,8 +119,7 @@ class Command:
         """Write the reports of the work directories in which modes have left results."""
         if not self._to_report:
             return
-        # Here, because Matplotlib takes half a second.
-        from sbml.program.report import result, summary
+        from sbml.program.report import result, summary  # here: Matplotlib takes half a second
 
         for folder in {str(each): each for each in self._to_report}.values():
             if jax.process_index() == 0 and summary.write(folder, self.experiment.loaded):

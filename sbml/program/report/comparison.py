@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 
 import numpy as np
 
@@ -47,6 +46,7 @@ class Run:
     Attributes:
       name: the name of the run on the page.
       evaluation: the content of ``evaluation.json``.
+      images: the fingerprint of the images that were evaluated.
       results: the results by their names.
       bits: for each result, those of the images.
       seconds: the duration of the training in seconds; None if it is not known.
@@ -56,6 +56,7 @@ class Run:
 
     name: str
     evaluation: Json
+    images: Json
     results: Mapping[str, Json]
     bits: Mapping[str, Table]
     seconds: float | None
@@ -80,18 +81,13 @@ class Run:
         return cls(
             name or workdir.name,
             evaluation,
+            evaluation["data"][evaluation["results"][0]["split"]],
             results,
             bits,
             curves[-1]["seconds"] if curves else None,
             None if drawn is None else drawn["images"],
             {} if quality is None else quality["values"],
         )
-
-    @property
-    def images(self) -> Json:
-        """The fingerprint of the images that were evaluated."""
-        split = self.evaluation["results"][0]["split"]
-        return self.evaluation["data"][split]
 
 
 def short_names(workdirs: Sequence[Workdir]) -> list[str]:
@@ -111,9 +107,9 @@ def paired(of: Table, first: Table) -> Interval | None:
 
 
 def compare(runs: Sequence[Run]) -> Json:
-    """The numbers of the page as plain values: the ``verdict`` on the first cell, ``runs``, the
-    fingerprint ``data`` of the images, ``cells`` with a row for each run, and ``lacking``: for each
-    run, what it does not have but another run has.
+    """The numbers of the page as plain values: ``runs``, the fingerprint ``data`` of the images,
+    ``cells`` with a row for each run, and ``lacking``: for each run, what it does not have but
+    another run has.
     """
     named = [run.name for run in runs]
     if len(runs) < 2:
@@ -155,9 +151,7 @@ def compare(runs: Sequence[Run]) -> Json:
             found["verdict"] = "better" if high < 0 else "worse" if low > 0 else "unclear"
         return found
 
-    cells = [{"name": n, "rows": [row(run, n) for run in runs if n in run.results]} for n in names]
     return {
-        "verdict": verdict(page.label(first.results[names[0]]), cells[0]["rows"]),
         "runs": [
             {
                 "name": run.name,
@@ -171,30 +165,11 @@ def compare(runs: Sequence[Run]) -> Json:
             for run in runs
         ],
         "data": dict(first.images),
-        "cells": cells,
+        "cells": [
+            {"name": n, "rows": [row(run, n) for run in runs if n in run.results]} for n in names
+        ],
         "lacking": {name: missing for name, missing in lacking.items() if missing},
     }
-
-
-def verdict(title: str, rows: Sequence[Json]) -> str:
-    """Whether the best of the other runs is better than the first, in words, by the number
-    ``title`` with these ``rows``."""
-    first, *others = rows
-    if not (others := [row for row in others if "difference" in row]):
-        return f"By {title}, no run shares an image with {first['run']}."
-    best = min(others, key=lambda row: row["difference"])
-    low, high = best["difference_interval"]
-    said = {
-        "better": f"{best['run']} is better than {first['run']}",
-        "worse": f"{first['run']} is better than {best['run']}",
-        "unclear": f"It is unclear whether {best['run']} is better than {first['run']}",
-    }[best["verdict"]]
-    if len(others) > 1:
-        said += f", and {best['run']} is the best of the other {len(others)} runs"
-    return (
-        f"{said}: by {title}, {best['run']} minus {first['run']} is {best['difference']:+z.4f} "
-        f"bits/dim, 95% interval of the paired difference {low:+z.4f} to {high:+z.4f}."
-    )
 
 
 def difference_row(row: Json) -> plots.Row:
@@ -224,14 +199,7 @@ def render(runs: Sequence[Run], numbers: Json) -> str:
         name: [titles.get(part, part) for part in parts]
         for name, parts in numbers["lacking"].items()
     }
-    models, cells = [], []
-    for run, about in zip(runs, numbers["runs"], strict=True):
-        time = "–" if run.seconds is None else str(timedelta(seconds=round(run.seconds)))
-        models.append(
-            {name: page.text(about[name]) for name in ("name", "network", "parameters", "step")}
-            | {"training time (h:mm:ss)": time, "warnings": page.text(len(about["warnings"]))}
-            | {name: page.text(value, ".4g") for name, value in about["quality"].items()}
-        )
+    cells = []
     for cell in numbers["cells"]:
         rows = [difference_row(row) for row in cell["rows"] if "difference" in row]
         unit = f"bits/dim minus {runs[0].name}"
@@ -245,21 +213,19 @@ def render(runs: Sequence[Run], numbers: Json) -> str:
     for run in runs:
         if run.samples is not None:
             png = page.few(run.samples, run.images["levels"])
-            samples.append({"name": run.name, "png": png})
+            samples.append((run.name, png))
     return page.render(
         "comparison.html",
         title="Comparison of " + ", ".join(run.name for run in runs),
         first=runs[0].name,
-        verdict=numbers["verdict"],
         shown=SHOWN,
         images=numbers["data"],
         cells=cells,
-        runs=models,
+        runs=numbers["runs"],
         warnings=[f"{run.name}: {each}" for run in runs for each in run.evaluation["warnings"]],
         lacking=lacking,
-        rows=[name for name in dict.fromkeys(itertools.chain(*models)) if name != "name"],
         differing=differing(runs),
         samples=samples,
-        quality=any(run.quality for run in runs),
+        quality=list(dict.fromkeys(itertools.chain(*(run.quality for run in runs)))),
         details={},
     )

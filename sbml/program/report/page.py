@@ -89,7 +89,7 @@ def write(
       ValueError: JSON has no type for a value. Nothing has been written then.
     """
     report: Json = strict(content)
-    results, progress = report["results"], report.get("training", {})
+    results = report["results"]
     losses = training(curves), validation(curves), levels_figure(report)
     shown: dict[str, Any] = dict.fromkeys(["results", "beside"])
     warnings = [*report.get("warnings", [])]
@@ -109,12 +109,6 @@ def write(
                 f"{count:,} bits/dim in the per-image table are not finite; the results count "
                 f"{stated:,}."
             )
-    model = report.get("model", {})
-    facts = {
-        "Model": model.get("name"),
-        "Parameters": model.get("parameters"),
-        "Checkpoint, step": report.get("checkpoint", {"step": progress.get("checkpoint")})["step"],
-    }
     # All values with all digits, except for those that the page shows elsewhere.
     numbered = {f"{row}. {label(result)}": result for row, result in enumerate(results, 1)}
     details = {"Every number of the results": flat(numbered)} if results else {}
@@ -131,7 +125,6 @@ def write(
         report=report,
         title=report.get("title", "Evaluation"),
         warnings=warnings,
-        facts=facts,
         losses=losses,
         details=details,
         copied=copied(report.get("title", ""), results),
@@ -152,17 +145,10 @@ def _evaluation(
     """What the template shows of the results and of the evaluated images."""
     results, baselines = report["results"], report.get("baselines", [])
     first, bits = results[0], _ending(table, BITS)
-    # The headline and the best baseline, if both are finite and of the same images.
-    finite = [row for row in baselines if not isinstance(row["bits_per_dim"], str)]
-    versus = ""
+    # The best baseline, if it and the headline are finite and of the same images.
+    finite, best = [row for row in baselines if not isinstance(row["bits_per_dim"], str)], None
     if finite and not isinstance(first["bits_per_dim"], str) and first.get("n") == len(table["id"]):
         best = min(finite, key=lambda row: row["bits_per_dim"])
-        gap = first["bits_per_dim"] - best["bits_per_dim"]
-        side = "below" if gap < 0 else "above"
-        versus = f"{abs(gap):.3f} bits/dim {side} the best baseline, {best['name']}"
-        if paired := best.get("difference_interval"):
-            versus += f"; 95% interval of the paired difference {text(paired, '+.3f')}"
-        versus += "."
     comparison, rows = None, [row(label(result), result, ours=True) for result in results]
     rows += [row(each["name"], each, ours=False) for each in baselines]
     if len(rows) > 1:
@@ -186,7 +172,7 @@ def _evaluation(
     return {
         "results": results,
         "verdict": verdict(first),
-        "versus": versus,
+        "best": best,
         "comparison": comparison,
         "rows": {k: row for k, row in ROWS.items() if any(r.get(k) is not None for r in results)},
         "terms": {
@@ -206,7 +192,8 @@ def render(template: str, **shown: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"text": text, "docs": DOCS, "of_levels": OF_LEVELS}
+    environment.globals |= {"text": text, "duration": duration, "docs": DOCS}
+    environment.globals["of_levels"] = OF_LEVELS
     environment.filters |= {"label": label, "base64": lambda png: base64.b64encode(png).decode()}
     return environment.get_template(template).render(shown)
 
@@ -230,6 +217,11 @@ def text(value: object, form: str = "") -> str:
     return str(value)
 
 
+def duration(seconds: float | None) -> str:
+    """The time as h:mm:ss."""
+    return text(None) if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
 def flat(value: Json) -> Json:
     """{"a": {"b": 1}} as {"a.b": 1}; lists and {} are not changed."""
     leaves: Json = flatten_dict(value, is_leaf=lambda _, item: not item, sep=".")
@@ -244,7 +236,7 @@ def rows_figure(
     height = plots.ROWS_HEIGHT + plots.ROW_HEIGHT * len(rows)
     each = "; ".join(f"{row.label} {row.text}" for row in rows)
     low, high = plots.limits(rows)
-    if any(math.isfinite(row.mean) and not low <= row.mean <= high for row in rows):
+    if any(row.mean < low or row.mean > high for row in rows):
         caption += " An arrow: the number is too far from the others for this axis."
     drawn = plots.figure(name, draw, caption, height=height)
     return {**drawn, "alt": f"{name}, {unit}: {each}."}
@@ -379,7 +371,7 @@ def training(curves: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
     if speed:
         caption += f" Median speed {np.median(speed):,.4g} images/s."
     if seconds := logged[max(logged)].get("seconds"):
-        caption += f" Training time {timedelta(seconds=round(seconds))}."
+        caption += f" Training time {duration(seconds)}."
     draw = partial(plots.training, step=step, loss=loss, window=window)
     return plots.figure("Training loss", draw, caption)
 

@@ -95,11 +95,8 @@ class Row(NamedTuple):
 
 
 def limits(rows: Sequence[Row]) -> tuple[float, float]:
-    """The ends of an axis for ``rows``: numbers beyond them would press the others together.
-
-    They are ten usual widths from the median. The usual width is the median distance from it, and
-    the median half-width of an interval is added.
-    """
+    """The ends of an axis for ``rows``, ten times the median distance from the median plus the
+    median half-width of an interval: numbers beyond them would press the others together."""
     finite = [row[1:4] for row in rows if math.isfinite(row.mean)] or [(0.0, 0.0, 0.0)]
     means, low, high = np.array(finite).T
     centre, halves = np.median(means), np.nan_to_num(high - low, posinf=0) / 2
@@ -123,13 +120,13 @@ def rows(axes: Axes, rows: Sequence[Row], unit: str, origin: float | None = None
             textcoords="offset points",
         )
         axes.axhline(y, color=RULE, linewidth=0.6)
-        if low <= row.mean <= high:
-            axes.plot(np.clip([row.low, row.high], low, high), [y, y], color=row.colour, lw=2)
-            axes.plot(row.mean, y, "o", color=row.colour, markersize=5)
-        elif math.isfinite(row.mean):
+        if row.mean < low or row.mean > high:
             end, arrow = (1, ">") if row.mean > high else (0, "<")
             edge = axes.get_yaxis_transform()
-            axes.plot(end, y, arrow, color=row.colour, markersize=6, transform=edge, clip_on=False)
+            axes.plot(end, y, arrow, color=row.colour, transform=edge, clip_on=False)
+        else:
+            axes.plot(np.clip([row.low, row.high], low, high), [y, y], color=row.colour, lw=2)
+            axes.plot(row.mean, y, "o", color=row.colour, markersize=5)
         label = row.label if len(row.label) < 36 else f"…{row.label[-34:]}"
         place(label, (0, y), parse_math=False)
         place(row.text, (1, y), ha="right", color=row.colour, weight=bold)

@@ -16,7 +16,6 @@ import itertools
 import shlex
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -245,7 +244,7 @@ def provenance_of(
     trained = [row for row in rows[begun:] if row["mode"] == "train"]
     found = {"training": _sums(trained), "evaluation": {}}
     if not trained and curves:
-        found["training"]["duration"] = str(timedelta(seconds=round(curves[-1]["seconds"])))
+        found["training"]["duration"] = page.duration(curves[-1]["seconds"])
     if curves and step:
         count = step * content["config"]["training"]["batch_size"]
         found["training"]["network evaluations"] = f"{count:,}, with gradients"
@@ -271,7 +270,7 @@ def _sums(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {
         **found,
         "date (UTC)": " to ".join(dict.fromkeys([rows[0]["start"], rows[-1]["end"]])),
-        "duration": str(timedelta(seconds=round(seconds))),
+        "duration": page.duration(seconds),
         "cost": ", ".join(f"{value:.2g} {name}" for name, value in cost.items() if value),
     }
 

@@ -95,7 +95,6 @@ def render(
     draw = partial(plots.validation, step=step, values=scores, half_width=0 * step, label=unit)
     choice = "Validation rows: the step with the largest log p is evaluated."
     loss = page.training([{**point, "images_per_s": None} for point in curves])
-    error, half = (page.text(model[name], ".1g") for name in ("solver_error", "solver_error_ci95"))
     return page.render(
         "table.html",
         report=content,
@@ -103,16 +102,7 @@ def render(
         warnings=content["warnings"],
         results=content["results"],
         verdict=page.verdict(model, "rows"),
-        versus=content["verdict"],
         comparison=page.rows_figure("Comparison", rows, f"{UNIT}, higher is better", caption),
-        facts={
-            "Rows to train on": content["rows"]["train"],
-            "Rows for validation": content["rows"]["validation"],
-            "Parameters": content["parameters"],
-            "Network evaluations, mean": page.text(model["nfe_mean"], ".1f"),
-            "Solver's error, nats": f"{error} ± {half}",
-            "Error of the prior, KL(p_T || pi), nats": page.text(model["prior_error"], ".2g"),
-        },
         losses=[plots.figure("Validation", draw, choice), loss],
         marginals=marginals,
         pairs=pairs,

@@ -10,6 +10,7 @@ decodes each file again, and writes one JSON line for each. ``show`` prints the 
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import math
@@ -24,6 +25,7 @@ from PIL import Image
 
 from sbml.codec import bits_back, file
 from sbml.codec.bits_back import Lanes
+from sbml.density.estimators.bound import Estimator
 from sbml.program.config import config as configs
 from sbml.program.config.build import Experiment
 from sbml.program.config.compatibility import of_workdir
@@ -85,7 +87,7 @@ def measure(workdir: Workdir, count: int, steps: list[int], lanes: int, results:
         inputs = Evaluation.of_split(trained, "test")
         pixels = inputs.images.images[:count]
         chain = coding.encoder_chain(inputs)
-        codec, made_by = coding.codec_of(trained, chain, lanes)
+        codec = coding.codec_of(trained, chain, lanes)
         assert codec.arithmetic  # The network is compiled before the time is measured.
         vars(codec)["_noise"] = timed(codec._noise, "network")
         SPENT.clear()
@@ -100,16 +102,20 @@ def measure(workdir: Workdir, count: int, steps: list[int], lanes: int, results:
             setattr(Lanes, name, function)
         # This includes the time in which ``encode`` decodes the first round, as a check.
         seconds, parts = time.perf_counter() - start, dict(SPENT)
-        header, content = file.packed(codec, pixels, state, made_by)
+        header, content = file.packed(codec, pixels, state)
         start = time.perf_counter()
         ends = bits_back.last_state(codec, len(pixels), file.from_bytes(content)[1])
         for after in bits_back.decode(codec, len(pixels), ends):
             ends = after
         exact = np.array_equal(header.restored(codec, ends), pixels)
         decoding, dims = time.perf_counter() - start, pixels.size
-        bound, limit = coding.bound_of(inputs, codec, pixels), None
+        in_steps, limit = coding.bound_of(inputs, codec, pixels), None
+        bound = in_steps.estimate()
         if number == steps[0]:
-            limit = coding.bound_of(inputs, codec, pixels, continuous=True)
+            how = in_steps.estimator
+            assert isinstance(how, Estimator)
+            plain_bound = Estimator(how.n_times, reduction=how.reduction)
+            limit = dataclasses.replace(in_steps, estimator=plain_bound).estimate()
         initial, payload = 32 * codec.initial_words * lanes, 32 * state.words.size
         line = {
             "run": workdir.name,

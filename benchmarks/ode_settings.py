@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from scipy import integrate
 
 from sbml import data, likelihood, sdes
@@ -35,7 +34,9 @@ from sbml.core.types import Score
 from sbml.likelihood.ode import Solver, velocity
 from sbml.likelihood.quadrature import ONCE, PER_STEP
 from sbml.program.config import build
+from sbml.program.config.trained import Trained
 from sbml.program.runtime import cpu
+from sbml.program.runtime.workdir import Workdir
 from sbml.score import divergence
 from sbml.score.divergence import Trace
 
@@ -111,13 +112,13 @@ def gaussian(n: int) -> Problem:
 def network(config: str, workdir: str, n: int) -> Problem:
     """A trained network on its test images with uniform dequantization."""
     experiment = build.Experiment(runpy.run_path(config)["get_config"]())
-    experiment, restored = experiment.restored(epath.Path(workdir))
+    trained = Trained.of(experiment, Workdir(workdir))
+    experiment = trained.experiment
     images = experiment.images("test")
     pixels = jnp.asarray(images.images[data.spread(len(images), n)])
     x = bits.to_model(pixels, jax.random.uniform(jax.random.key(0), pixels.shape), images.levels)
-    score = experiment.exact_adapter(restored.state.ema_params)
     keys = jax.random.split(jax.random.key(1), n)
-    return Problem(config, score, experiment.sde, experiment.eval_eps, x, keys, None)
+    return Problem(config, trained.score, experiment.sde, experiment.eval_eps, x, keys, None)
 
 
 class Cost(NamedTuple):

@@ -15,7 +15,7 @@ from sbml.audit import oracle
 from sbml.core import bits
 from sbml.core.files import read_npz
 from sbml.core.platform import compiler_options
-from sbml.likelihood.ode import Solver
+from sbml.density import Density
 from sbml.program.config.build import Experiment
 from sbml.program.config.trained import Trained
 from sbml.program.modes import latents
@@ -26,22 +26,9 @@ from sbml.sdes import SDES, VP
 EPS = 1e-3
 
 
-def test_encoding_and_decoding_a_gaussian_are_its_closed_form_maps() -> None:
-    with jax.enable_x64(True):
-        data = oracle.gaussian(VP())
-        x = np.random.default_rng(0).normal(size=(5, 3))
-        how = {"sde": VP(), "solver": Solver(rtol=1e-8, atol=1e-8)}
-        score = jax.tree_util.Partial(data.score)
-        z = latents.solve(score, x, t0=EPS, t1=1.0, **how)
-        truth = jax.jit(jax.vmap(data.flow, (0, None, None)))(x, np.array(EPS), np.array(1.0))
-        np.testing.assert_allclose(z, truth, atol=1e-5)
-        decoded = latents.solve(score, z, t0=1.0, t1=EPS, **how)
-        np.testing.assert_allclose(decoded, x, atol=1e-5)
-
-
 def test_interpolations_keep_the_priors_variance() -> None:
     z = np.random.default_rng(0).normal(size=(3, 4000)).astype(np.float32)
-    between = np.asarray(jax.jit(latents.interpolate, static_argnums=1)(z, 5))
+    between = latents.interpolate(z, 5)
     np.testing.assert_allclose(between[0, 0], z[0])
     np.testing.assert_allclose(between[1, -1], z[2], atol=1e-6)
     np.testing.assert_allclose(between.std(axis=-1), 1, atol=0.06)
@@ -130,11 +117,11 @@ def test_the_operations_with_a_score_in_closed_form(
     x, sde = np.float32(experiment.images("test").images[stored["id"]] / 8 - 1), experiment.sde
     z = x * np.sqrt(sde.mean_coef(jnp.asarray(1.0)))
     np.testing.assert_allclose(stored["latent"], z, atol=1e-3)
-    how = {"sde": sde, "solver": experiment.config.eval.ode.build().tighter(10)}
-    back = latents.solve(score, stored["latent"], t0=1.0, t1=eps, **how)
-    error = np.abs(back - x).max(axis=(1, 2, 3))
+    solver = experiment.config.eval.ode.build().tighter(10)
+    density = Density(score, sde, x.shape[1:], eps=eps, solver=solver)
+    error = np.abs(density.decode(stored["latent"]) - x).max(axis=(1, 2, 3))
     np.testing.assert_allclose(stored["reconstruction_error"], error, rtol=1e-3)
-    assert how["solver"].fixed_steps == 40 and error.min() > 1e-5 and error.max() < 1e-2
+    assert solver.fixed_steps == 40 and error.min() > 1e-5 and error.max() < 1e-2
     grids = {
         name: np.asarray(Image.open(tmp_path / f"{name}.png"))
         for name in ("reconstruction", "interpolation", "inpainting")
@@ -159,5 +146,6 @@ def test_a_model_of_digits_reconstructs(digits_model: Path, tmp_path: Path) -> N
     score = experiment.adapter(experiment.restore(tmp_path).state.ema_params)
     images = experiment.images("test")
     x = bits.to_model(jnp.asarray(images.images[stored["id"]]), 0.5, images.levels)
-    z = latents.solve(score, x, t0=experiment.eval_eps, t1=1.0, sde=experiment.sde, solver=solver)
+    how = {"eps": experiment.eval_eps, "solver": solver}
+    z = Density(score, experiment.sde, experiment.shape, **how).latent(x)
     np.testing.assert_array_equal(stored["latent"], z)

@@ -38,7 +38,7 @@ import dataclasses
 import importlib.metadata
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Final, Literal, NamedTuple
 
@@ -119,6 +119,7 @@ class Codec:
         bin centres. The score may then have a method ``decoder_log_p(y, t)``; without one, the
         decoder is Bayes' rule.
       lanes: the number of stacks.
+      model: what identifies the model, by name; a decoder's must be the same.
     """
 
     score: Score
@@ -127,6 +128,7 @@ class Codec:
     levels: int
     data: Literal["centre", "uniform"] = UNIFORM
     lanes: int = 8
+    model: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @cached_property
     def _noise(self) -> Callable[[np.ndarray, int], np.ndarray]:
@@ -226,6 +228,7 @@ class Codec:
     def made_by(self) -> dict[str, str]:
         """What a decoder must share with the encoder, by name."""
         return {
+            **self.model,
             "schedule": f"{self.schedule:08x}",
             "arithmetic": f"{self.arithmetic:08x}",
             **{name: importlib.metadata.version(name) for name in ("jaxlib", "constriction")},

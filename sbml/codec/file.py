@@ -14,7 +14,7 @@ network to the last bit. ``Header.made_by`` says which these are.
 import json
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -100,9 +100,9 @@ class Header(BaseModel):
         """m in equal bins of log-SNR."""
         return tuple((q + 0.5) / 256 for q in self.errors)
 
-    def check_codec(self, codec: Codec, made_by: Mapping[str, str]) -> None:
-        """Raise a CodedFileError unless ``codec`` and ``made_by`` are those of the encoder."""
-        here = {**_settings(codec), "lanes": codec.lanes, **made_by}
+    def check_codec(self, codec: Codec) -> None:
+        """Raise a CodedFileError unless ``codec`` is that of the encoder."""
+        here = {**_settings(codec), "lanes": codec.lanes, **codec.made_by}
         there = {**self.model_dump(), "lanes": self.lanes, **self.made_by}
         others = [f"{n} {there.get(n)}, here {here[n]}" for n in here if here[n] != there.get(n)]
         if others:
@@ -151,14 +151,12 @@ def to_bytes(header: Header, stacks: list[np.ndarray]) -> bytes:
     return HEAD.pack(MAGIC, len(text), zlib.crc32(text)) + text + payload
 
 
-def packed(
-    codec: Codec, pixels: np.ndarray, state: State, made_by: Mapping[str, str]
-) -> tuple[Header, bytes]:
+def packed(codec: Codec, pixels: np.ndarray, state: State) -> tuple[Header, bytes]:
     """The file of ``pixels``, whose encoding ended with ``state``."""
     header = Header(
         count=len(pixels),
         **_settings(codec),
-        made_by=dict(made_by),
+        made_by=codec.made_by,
         words=[len(words) for words in state.stacks],
         crc32=[zlib.crc32(words.astype("<u4").tobytes()) for words in state.stacks],
         pixels_crc32=zlib.crc32(np.ascontiguousarray(pixels, np.uint8)),
@@ -171,7 +169,7 @@ def compress(codec: Codec, pixels: np.ndarray) -> bytes:
     state = bits_back.first_state(codec)
     for after in bits_back.encode(codec, pixels, state):
         state = after
-    return packed(codec, pixels, state, codec.made_by)[1]
+    return packed(codec, pixels, state)[1]
 
 
 def decompress(codec: Codec, content: bytes) -> np.ndarray:
@@ -181,7 +179,7 @@ def decompress(codec: Codec, content: bytes) -> np.ndarray:
       CodedFileError: the file is damaged, or was made by another codec or machine.
     """
     header, stacks = from_bytes(content)
-    header.check_codec(codec, codec.made_by)
+    header.check_codec(codec)
     state = bits_back.last_state(codec, header.count, stacks)
     for after in bits_back.decode(codec, header.count, state):
         state = after

@@ -14,8 +14,7 @@ asymmetric numeral systems", 2022.
 import functools
 import importlib.util
 import math
-from types import ModuleType
-from typing import Protocol, cast
+from typing import Any
 
 import numpy as np
 
@@ -24,28 +23,16 @@ REACH = 12.0  # integers up to this many standard deviations from the mean have 
 FAR = 2**22  # number of integers beyond these, on each side, that can be coded
 
 
-class Coder(Protocol):
-    """What is used of ``constriction.stream.stack.AnsCoder``. A model, or a family of models with
-    its parameters, is an object of ``constriction.stream.model``."""
-
-    def decode(self, model: object, *parameters: np.ndarray | int) -> np.ndarray:
-        """Pop integers."""
-
-    def encode_reverse(self, values: np.ndarray, model: object, *parameters: np.ndarray) -> None:
-        """Push integers, int32, so that ``decode`` gives them in this order."""
-
-    def get_compressed(self) -> np.ndarray:
-        """The words, uint32."""
-
-    def num_valid_bits(self) -> int:
-        """The number of bits."""
+# A coder of ``constriction``, which has no types. Its ``decode`` pops integers, ``encode_reverse``
+# pushes integers, int32, so that ``decode`` gives them in this order, and ``get_compressed`` gives
+# the words. Both take a model, or a family of models with its parameters.
+Coder = Any
 
 
 def coder(words: np.ndarray) -> Coder:
     """A coder of ``constriction`` with the bits ``words (n,)``, uint32, of which the last is not
     0."""
-    found: Coder = constriction().stack.AnsCoder(np.ascontiguousarray(words, np.uint32))
-    return found
+    return constriction().stack.AnsCoder(np.ascontiguousarray(words, np.uint32))
 
 
 def installed() -> bool:
@@ -53,13 +40,13 @@ def installed() -> bool:
     return importlib.util.find_spec("constriction") is not None
 
 
-def constriction() -> ModuleType:
+def constriction() -> Any:
     """The module ``constriction.stream``; a ValueError says that it is not installed."""
     try:
         from constriction import stream
     except ImportError:
         raise ValueError("the codec needs constriction: pip install 'sbml[codec]'") from None
-    return cast(ModuleType, stream)
+    return stream
 
 
 @functools.lru_cache(maxsize=4096)

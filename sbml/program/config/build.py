@@ -337,11 +337,6 @@ class Experiment:
 
         return template
 
-    def restored(self, workdir: epath.PathLike) -> tuple["Experiment", Restored]:
-        """This experiment with the numbers of its SDE as they were trained, and :meth:`restore`."""
-        restored = self.restore(workdir)
-        return self.with_learned_schedule(restored.state.ema_params), restored
-
     def restore_dequantizer(self, workdir: epath.PathLike, images: data.ImageSet) -> Restored:
         """The newest undamaged checkpoint of the dequantizer trained in ``workdir``."""
         expected = sharding.abstract(lambda: self.init_dequantizer(images), sharding.data_mesh())

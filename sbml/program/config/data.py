@@ -11,9 +11,9 @@ from sbml.program.config.fields import (
     PositiveSize,
     Seed,
     among,
+    errors_of,
     field,
     refusal,
-    section_errors,
 )
 
 DEQUANTIZATIONS = ("uniform", "centre", "none")
@@ -74,7 +74,7 @@ class Data(Chosen):
     def kind_of(cls, name: object) -> type[data.Source] | None:
         if not isinstance(name, str):
             return None
-        with section_errors("data.source"):
+        with errors_of("config.data.source"):
             return data.source_of(name)[0]
 
     def check(self) -> None:
@@ -137,7 +137,7 @@ class Data(Chosen):
                     f"data.{name}={value} with data.source={self.source}: it is read for "
                     f"{' and '.join(readers)} only; leave it out, or set another source"
                 )
-        with section_errors("data"):
+        with errors_of("config.data"):
             return data.load(self.source, split, self.options, **self.own)
 
     def images(self, split: str) -> ImageSet:

@@ -10,7 +10,7 @@ from sbml import dequantizers
 from sbml.core.scalars import Number
 from sbml.core.types import Json
 from sbml.dequantizers import DEQUANTIZERS
-from sbml.program.config.fields import Section, among, errors_of, field, section_errors, section_of
+from sbml.program.config.fields import Section, among, errors_of, field, section_of
 from sbml.program.config.optim import DequantizerOptim
 from sbml.program.config.training import DequantizerTraining
 
@@ -56,5 +56,5 @@ class Dequantizer(Section):
         kind = DEQUANTIZERS[name]
         fields = {**dict(self.model), "levels": levels, "tau": tau}
         names = {field.name for field in dataclasses.fields(kind)}
-        with section_errors(self.name_of("model")):
+        with errors_of(f"config.{self.name_of('model')}"):
             return kind(**{field: value for field, value in fields.items() if field in names})

@@ -105,11 +105,6 @@ def errors_of(name: object) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from error
 
 
-def section_errors(section: str) -> contextlib.AbstractContextManager[None]:
-    """A context that puts the name of ``section`` before the message of every ValueError."""
-    return errors_of(f"config.{section}")
-
-
 def refusal(
     name: str, value: Any, needs: str, wrong: str = "", choices: Collection[str] = ()
 ) -> ValueError:
@@ -360,5 +355,5 @@ class Chosen(Section):
 
     def build(self) -> Any:
         """An object of the class, which refuses fields outside their ranges."""
-        with section_errors(self.section):
+        with errors_of(f"config.{self.section}"):
             return self.parts[getattr(self, self.choice)](**self.own)

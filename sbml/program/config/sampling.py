@@ -18,8 +18,8 @@ from sbml.program.config.fields import (
     Section,
     Seed,
     among,
+    errors_of,
     field,
-    section_errors,
 )
 from sbml.samplers import CORRECTORS, SAMPLERS, AnnealedLangevin, ReverseDiffusion, Sampler
 
@@ -50,7 +50,7 @@ class Solving(Section):
     def build(self) -> Solver:
         """The ODE solver."""
         tolerances, fixed = (self.rtol, self.atol), self.fixed_steps or None
-        with section_errors(self.section):
+        with errors_of(f"config.{self.section}"):
             return Solver(self.method, *tolerances, fixed_steps=fixed, max_steps=self.max_steps)
 
 

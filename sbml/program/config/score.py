@@ -56,15 +56,10 @@ class Process(Chosen):
 
     @classmethod
     def relevant(cls, own: Json, made: type[Section]) -> Json:
-        defaults: dict[str, list[object]] = {}
-        for kind in map(SDES.__getitem__, SDES):
-            for number in dataclasses.fields(kind):
-                defaults.setdefault(number.name, []).append(number.default)
-        return {
-            name: value
-            for name, value in own.items()
-            if name in made.model_fields or value not in defaults.get(name, ())
-        }
+        kinds = map(SDES.__getitem__, SDES)
+        usual = [(number.name, number.default) for k in kinds for number in dataclasses.fields(k)]
+        fits = made.model_fields.__contains__
+        return {name: v for name, v in own.items() if fits(name) or (name, v) not in usual}
 
     def check(self) -> None:
         """Check the numbers, and that the SDE of a model of other units is not learned."""

@@ -44,7 +44,8 @@ class Trained:
     @classmethod
     def of(cls, experiment: Experiment, workdir: Workdir) -> "Trained":
         """The newest undamaged checkpoint of ``workdir``."""
-        experiment, restored = experiment.restored(workdir)
+        restored = experiment.restore(workdir)
+        experiment = experiment.with_learned_schedule(restored.state.ema_params)
         return cls(experiment.with_dequantization_of(restored), restored, workdir)
 
     @property

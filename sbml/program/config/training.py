@@ -17,9 +17,9 @@ from sbml.program.config.fields import (
     Positive,
     Section,
     among,
+    errors_of,
     field,
     refusal,
-    section_errors,
 )
 from sbml.sdes import SDE, Kernel, times
 from sbml.sdes.times import DRAWS, PROPOSALS, Grid, Proposal
@@ -161,7 +161,6 @@ class Training(Loop, Times):
 
     @property
     def rows_per_image(self) -> int:
-        """The number of rows that an image has in a batch; ``batch_size`` counts rows."""
         return 2 if self.antithetic else 1
 
     @property
@@ -174,14 +173,14 @@ class Training(Loop, Times):
         noise levels of it."""
         if not self.discrete_levels:
             return sde
-        with section_errors(self.name_of("discrete_levels")):
+        with errors_of(f"config.{self.name_of('discrete_levels')}"):
             return sde.levels(self.discrete_levels)
 
     def proposal(self, sde: SDE, eps: float) -> Proposal | Grid:
         """The proposal of the times of training, in [eps, T] or on the discrete levels."""
         if self.discrete_levels:
             return Grid(self.discrete_levels)
-        with section_errors(self.name_of("smallest_time")):
+        with errors_of(f"config.{self.name_of('smallest_time')}"):
             return PROPOSALS[self.proposal_name](sde, eps)
 
 
@@ -204,7 +203,7 @@ def smallest_time(sde: SDE, training: Training, data: Data, tau: float) -> float
     (``discrete.smallest_time``): the evaluation of such a model needs no earlier time.
     """
     if training.smallest_time is not None:
-        with section_errors(training.name_of("smallest_time")):
+        with errors_of(f"config.{training.name_of('smallest_time')}"):
             sde.check_time(training.smallest_time, "t")
         return training.smallest_time
     both = training.likelihood_weighting and training.importance_sampling

@@ -147,8 +147,7 @@ def store(
         said = ", ".join(f"{name}={fields[name]}" for name in untold)
         lines.append(f"not stored in the checkpoint, therefore taken from --config: {said}")
     plain["data"]["dequantization"] = dequantization
-    about = {"config": plain, "data": None, "versions": versions()}
-    about["smallest_time"] = experiment.eps
+    about = {"config": plain, "smallest_time": experiment.eps, "data": None, "versions": versions()}
     # Everything is checked before anything is written, so that no half conversion is left behind.
     state = _state(jax.eval_shape(experiment.init_state), theirs)
     parts: list[tuple[Loop, ForeignState, TrainState, Json]]

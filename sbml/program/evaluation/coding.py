@@ -16,21 +16,20 @@ from sbml.core.streams import stream
 from sbml.core.types import optional
 from sbml.data import spread
 from sbml.data.image_folder import check_opened, printable, special
-from sbml.density.estimate import Estimate
 from sbml.density.estimators.base import Target
-from sbml.density.estimators.bound import Estimator, InSteps
+from sbml.density.estimators.bound import InSteps
+from sbml.density.measurement import Measurement
 from sbml.program.config.trained import Trained
 from sbml.program.evaluation.cells import Evaluation
 
 
-def codec_of(trained: Trained, chain: Chain, lanes: int) -> tuple[Codec, dict[str, str]]:
-    """The codec of a model, and the values that encoder and decoder must share, by name."""
+def codec_of(trained: Trained, chain: Chain, lanes: int) -> Codec:
+    """The codec of a model."""
     experiment = trained.experiment
     shape, levels, kind = experiment.shape, experiment.levels, experiment.config.data.kind
-    codec = Codec(trained.score, chain, shape, levels, kind, lanes)
     settings = zlib.crc32(repr(trained.about["score"]).encode())
     identity = {"weights": f"{trained.parameters_crc32:08x}", "score": f"{settings:08x}"}
-    return codec, {**identity, **codec.made_by}
+    return Codec(trained.score, chain, shape, levels, kind, lanes, identity)
 
 
 def encoder_chain(evaluation: Evaluation) -> Chain:
@@ -52,29 +51,20 @@ def encoder_chain(evaluation: Evaluation) -> Chain:
     return Chain(experiment.sde, eps, experiment.config.codec.steps, tuple(errors))
 
 
-def bound_of(
-    evaluation: Evaluation, codec: Codec, pixels: np.ndarray, *, continuous: bool = False
-) -> Estimate:
-    """The bound on -log2 P of ``pixels (n, *shape)`` in bits/dim, by the functions of an
-    evaluation: in the steps of ``codec``, or with ``continuous`` in continuous time."""
+def bound_of(evaluation: Evaluation, codec: Codec, pixels: np.ndarray) -> Measurement:
+    """The measurement of the bound on -log2 P of ``pixels (n, *shape)`` in bits/dim, in the steps
+    of ``codec``, by the functions of an evaluation."""
     experiment, config = evaluation.experiment, evaluation.experiment.config.eval.bound
     name, eps = "uniform", codec.chain.eps
     if codec.data == "centre":
         name = "learned" if optional(codec.score, "decoder_log_p") else "categorical"
     dequantizer = experiment.dequantizer(name)  # It has no parameters.
+    target = Target(experiment.sde, eps, experiment.levels, dequantizer)
     times, reduction = max(config.n_times, 4), evaluation.reduction(eps)
     estimator = InSteps(times, reduction=reduction, steps=codec.chain.as_steps)
-    run = evaluation.measurement(
-        Estimator(times, reduction=reduction) if continuous else estimator,
-        Target(experiment.sde, eps, experiment.levels, dequantizer),
-        pixels,
-        {},
-    )
-    return dataclasses.replace(
-        run,
-        sweeps=config.sweeps,
-        progress="bound" if continuous else f"bound in {codec.chain.steps} steps",
-    ).estimate()
+    run = evaluation.measurement(estimator, target, pixels, {})
+    title = f"bound in {codec.chain.steps} steps"
+    return dataclasses.replace(run, sweeps=config.sweeps, progress=title)
 
 
 def lengths(codec: Codec, words: int, size: int, dims: int) -> dict[str, float]:

@@ -167,8 +167,7 @@ def stored(trained: Trained, preemption: Preemption) -> Samples:
     size = sharding.round_up(min(config.batch_size, config.num_images))
     sample = functools.partial(draw, experiment, trained.params)
     done = len(all_ids) - len(missing)
-    bar = Bar(f"samples by {config.sampler.name}", "sample", len(all_ids), done)
-    with bar:
+    with Bar(f"samples by {config.sampler.name}", "sample", len(all_ids), done) as bar:
         for ids, batch in in_batches(sample, missing, size):
             parts.write({"id": ids, "sweep": np.zeros_like(ids), **batch._asdict()})
             bar.update(len(ids))

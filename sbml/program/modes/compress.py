@@ -45,9 +45,9 @@ def run(trained: Trained, preemption: Preemption, source: str = "") -> Workdir:
         pixels = evaluation.images.images[evaluation.ids(config.codec.num_images)]
     chain = coding.encoder_chain(evaluation)
     lanes = min(config.codec.lanes, len(pixels))
-    codec, made_by = coding.codec_of(trained, chain, lanes)
+    codec = coding.codec_of(trained, chain, lanes)
     first = bits_back.first_state(codec)
-    header, _ = file.packed(codec, pixels, first, made_by)
+    header, _ = file.packed(codec, pixels, first)
     if workdir.has(IMAGES):  # The file could be the only copy of other images.
         try:
             there = file.from_bytes((workdir / IMAGES).read_bytes())[0].pixels_crc32
@@ -67,27 +67,24 @@ def run(trained: Trained, preemption: Preemption, source: str = "") -> Workdir:
             net = (32 * state.words.size - initial) / (done * pixels[0].size)
             bar.update(done - bar.n, f"net {net:.3f} bits/dim")
             resumable.store(state._asdict())
-    header, content = file.packed(codec, pixels, state, made_by)
+    header, content = file.packed(codec, pixels, state)
     workdir.write_bytes(IMAGES, content)
     lengths = coding.lengths(codec, state.words.size, len(content), pixels.size)
-    bound = coding.bound_of(evaluation, codec, pixels)
-    lengths |= {"bound": bound.mean, "bound_stderr": bound.this_set.stderr}
-    lengths["bound_ci95"] = bound.this_set.ci95
+    bound = coding.bound_of(evaluation, codec, pixels).estimate()
+    error = bound.this_set
+    bounds = {"bound": bound.mean, "bound_stderr": error.stderr, "bound_ci95": error.ci95}
     warnings = [f"bound: {each}" for each in bound.warnings("eval.bound.")]
     counts = {"count": len(pixels), "bytes": len(content), "steps": chain.steps, "lanes": lanes}
-    checksum = {
-        "parameters_crc32": trained.parameters_crc32,
-        "pixels_crc32": header.pixels_crc32,
-        "restored": 0,
-    }
-    workdir.write(CODEC, {**counts, **lengths, **checksum, "warnings": warnings})
+    crc32s = {"parameters_crc32": trained.parameters_crc32, "pixels_crc32": header.pixels_crc32}
+    record = {**counts, "restored": 0, **lengths, **bounds, **crc32s, "warnings": warnings}
+    workdir.write(CODEC, record)
     resumable.remove()
     print(
         f"compressed: {len(pixels)} of {len(pixels)} images to {workdir / IMAGES}\n"
         f"  on disk  {lengths['disk']:.4f} bits/dim, {len(content):,} bytes: net "
         f"{lengths['net']:.4f}, initial bits of {lanes} lanes {lengths['initial']:.4f}, header "
         f"{lengths['header']:.4f}\n"
-        f"  bound    {bound.mean:.4f} +- {bound.this_set.ci95:.4f} bits/dim in {chain.steps} steps "
+        f"  bound    {bound.mean:.4f} +- {error.ci95:.4f} bits/dim in {chain.steps} steps "
         "for these images"
     )
     for warning in warnings:

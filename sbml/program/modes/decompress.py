@@ -37,8 +37,8 @@ def run(trained: Trained, preemption: Preemption, source: str = "", to: str = ""
     if to and (there := [p for p in coding.files_of(Path(to), header.count) if p.exists()]):
         raise ValueError(f"{there[0]} exists, and would be overwritten: give --to=NEW_FOLDER")
     chain = Chain(experiment.sde, header.eps, header.steps, header.shares)
-    codec, made_by = coding.codec_of(trained, chain, header.lanes)
-    header.check_codec(codec, made_by)
+    codec = coding.codec_of(trained, chain, header.lanes)
+    header.check_codec(codec)
     # Another copy of the file may have stacks that are missing in this one.
     missing = [lane for lane, words in enumerate(stacks) if words is None]
     identity = {**header.model_dump(), "missing": missing}

@@ -9,19 +9,20 @@
 Here S is the standard deviation of the prior, ``sde.prior_std``.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sbml.core import bits
 from sbml.core.progress import Bar
 from sbml.core.streams import stream
 from sbml.core.types import Array, Score
 from sbml.data import spread
-from sbml.likelihood.ode import Solver, flow
 from sbml.program.config.build import Experiment
 from sbml.program.config.trained import Trained
 from sbml.program.evaluation.samples import grid, to_bins
@@ -40,17 +41,10 @@ def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> No
     experiment.refuse_classes("latents")
 
 
-@functools.partial(jax.jit, static_argnames=("sde", "t0", "t1", "solver"))
-def solve(score: Score, x: Array, *, t0: float, t1: float, sde: SDE, solver: Solver) -> Array:
-    """The solutions ``(n, *s)`` of the ODE at ``t1`` from ``x (n, *s)`` at ``t0``: latents if t1 is
-    T, images if t0 is T."""
-    return jax.vmap(lambda x: flow(score, sde, x, t0, t1, solver).x)(x)
-
-
-def interpolate(z: Array, frames: int) -> Array:
+def interpolate(z: np.ndarray, frames: int) -> np.ndarray:
     """Latents ``(n - 1, frames, *s)`` on arcs from each of ``z (n, *s)`` to the next."""
-    angle = jnp.linspace(0, jnp.pi / 2, frames).reshape(1, frames, *[1] * (z.ndim - 1))
-    return jnp.cos(angle) * z[:-1, None] + jnp.sin(angle) * z[1:, None]
+    angle = np.linspace(0, np.pi / 2, frames).reshape(1, frames, *[1] * (z.ndim - 1))
+    return np.cos(angle) * z[:-1, None] + np.sin(angle) * z[1:, None]
 
 
 @functools.partial(jax.jit, static_argnames=("sde", "eps", "sampler", "colours"))
@@ -96,22 +90,20 @@ def run(trained: Trained) -> None:
     sde, eps, sampler = experiment.sde, experiment.sampling_eps, options.sampler()
     # The term ``correction`` of a likelihood corrects the error of the solver's path. There is no
     # such term here, so the tolerances are ten times smaller.
-    ode: dict[str, Any] = {"sde": sde, "solver": config.eval.ode.build().tighter(10)}
+    density = dataclasses.replace(trained.density(), solver=config.eval.ode.build().tighter(10))
     in_colour = config.data.shape[-1] == 3
     tasks = {"inpainting": False, **({"colourisation": True} if in_colour else {})}
-    bar = Bar(f"latents of {len(ids)} images", "picture", 2 + len(tasks))
-    with bar:
+    with Bar(f"latents of {len(ids)} images", "picture", 2 + len(tasks)) as bar:
         x = bits.to_model(jnp.asarray(images.images[ids]), 0.5, images.levels) / factor
-        z = solve(score, x, t0=experiment.eval_eps, t1=sde.T, **ode)
-        reconstruction = solve(score, z, t0=sde.T, t1=experiment.eval_eps, **ode)
-        error = jnp.abs(reconstruction - x).reshape(len(x), -1).max(axis=1)
+        z = density.latent(x)
+        reconstruction = density.decode(z)
+        error = np.abs(reconstruction - x).reshape(len(x), -1).max(axis=1)
         # Each picture: images in [-1, 1], and the number of columns of the grid.
-        pictures = {"reconstruction": (jnp.concatenate([x, reconstruction]), len(x))}
-        jax.block_until_ready(pictures)
+        pictures: dict[str, Any] = {"reconstruction": (np.concatenate([x, reconstruction]), len(x))}
         bar.update()
         z_between = interpolate(z, options.frames).reshape(-1, *config.data.shape)
-        between = solve(score, z_between, t0=sde.T, t1=eps, **ode)
-        pictures["interpolation"] = jax.block_until_ready(between), options.frames
+        between = dataclasses.replace(density, eps=eps).decode(z_between)
+        pictures["interpolation"] = between, options.frames
         bar.update()
         for name, colours in tasks.items():
             new = completions(score, x, sde=sde, eps=eps, sampler=sampler, colours=colours)
@@ -124,11 +116,10 @@ def run(trained: Trained) -> None:
             jax.block_until_ready(shown)
             bar.update()
     pixels = {
-        name: bits.to_pixels(values * factor, images.levels)
+        name: sharding.to_host(bits.to_pixels(values * factor, images.levels))
         for name, (values, _) in pictures.items()
     }
-    pixels, z, error = sharding.to_host((pixels, z, error))
-    columns = {"id": ids, "latent": z, "reconstruction_error": error}
+    columns = {"id": ids, "latent": np.float32(z), "reconstruction_error": error}
     workdir.write(LATENTS, {**columns, "step": trained.restored.step})
     for name, picture in pixels.items():
         width = pictures[name][1]

@@ -92,11 +92,7 @@ def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> No
 
 
 def run(experiment: Experiment, workdir: Workdir) -> None:
-    """Train up to ``training.num_steps``, from the newest undamaged checkpoint of ``workdir`` on.
-
-    Writes ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``samples/``. The errors are
-    those of :func:`fit`.
-    """
+    """Train the score, with its checkpoints in ``workdir/checkpoints``: :func:`fit`."""
     config, images = experiment.config, experiment.images("train")
     provenance = experiment.provenance(images)
     config.optim.warn_if_short(config.training.num_steps)

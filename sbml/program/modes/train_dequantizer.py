@@ -77,14 +77,12 @@ def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> No
 
 
 def run(experiment: Experiment, workdir: Workdir) -> None:
-    """Train the dequantizer of ``config.dequantizer`` for the newest checkpoint of the score.
-
-    Writes ``dequantizer/`` in ``workdir``: checkpoints, metrics and tensorboard. A killed run
-    resumes, as in ``train``; the errors are those of ``train.fit``.
-    """
+    """Train the dequantizer of ``config.dequantizer`` for the newest checkpoint of the score, in
+    ``workdir/dequantizer``: ``train.fit``."""
     section = experiment.config.dequantizer
     section.optim.warn_if_short(section.training.num_steps)
-    experiment, restored = experiment.restored(workdir)
+    restored = experiment.restore(workdir)
+    experiment = experiment.with_learned_schedule(restored.state.ema_params)
     images = experiment.images("train")
     score = {"step": restored.step, "crc32": tree_crc32(restored.state.ema_params)}
 

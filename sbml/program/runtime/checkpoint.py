@@ -27,7 +27,6 @@ import sys
 import tempfile
 import textwrap
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Self
 
@@ -41,7 +40,7 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.metadata import get_step_metadata
 from orbax.checkpoint.path import step as step_lib
 
-from sbml.core.files import remote
+from sbml.core.files import CRC32, remote, with_crc32
 from sbml.core.types import Json, PyTree
 from sbml.program.runtime.peers import LostProcessError
 from sbml.program.runtime.trees import leaf_crc32
@@ -185,7 +184,7 @@ class Checkpoints:
         body = {"format": FORMAT, "step": step, "leaves": _leaves(state), "crc32s": crc32s}
         body["metadata"] = metadata
         body = json.loads(json.dumps(body, allow_nan=False))
-        content = {"manifest": body, "crc32": _text_crc32(body)}
+        content = {"manifest": body, CRC32: with_crc32(body)[CRC32]}
         self._end_save()
         self._set_damaged_aside()
         if (steps := self.steps()) and step <= steps[-1]:
@@ -419,7 +418,7 @@ def _manifest(path: epath.Path) -> Json:
     """``step``, ``leaves``, ``crc32s`` and ``metadata`` of the checkpoint ``path``, whose name is
     its step."""
     manifest = get_step_metadata(path).custom_metadata
-    if not manifest or _text_crc32(manifest["manifest"]) != manifest["crc32"]:
+    if not manifest or with_crc32(manifest["manifest"])[CRC32] != manifest[CRC32]:
         raise DamagedCheckpointError("its metadata has no manifest, or fails its CRC32")
     if (found := manifest["manifest"].get("format")) != FORMAT:
         raise OtherModelError(
@@ -437,10 +436,6 @@ def _leaves(tree: PyTree) -> list[list[str | list[int]]]:
         [keystr(path, simple=True, separator="/"), list(leaf.shape), str(leaf.dtype)]
         for path, leaf in tree_leaves_with_path(tree)
     ]
-
-
-def _text_crc32(body: Json) -> int:
-    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
 def _text(leaf: list[str | list[int]] | None) -> str:

@@ -113,12 +113,7 @@ class Workdir(os.PathLike):
         """A context manager that keeps other processes from running the mode ``purpose`` here.
 
         Raises a ValueError if the mode could write through a link to a place outside."""
-        self._keep_inside(purpose)
-        return lock.hold(self.path, purpose)
-
-    def _keep_inside(self, purpose: str) -> None:
-        """Refuse links that lead out of the work directory, which may itself be a link."""
-        root = os.path.realpath(self.path)
+        root = os.path.realpath(self.path)  # The work directory may itself be a link.
         linked = {folder for folder, modes in READ_BY_OTHERS.items() if purpose not in modes}
         for folder, folders, files in () if remote(self.path) else os.walk(self.path):
             for path in (os.path.join(folder, name) for name in folders + files):
@@ -130,6 +125,7 @@ class Workdir(os.PathLike):
                         "writes only inside the work directory: remove the link, or make the "
                         "whole work directory a link to a folder on another disk"
                     )
+        return lock.hold(self.path, purpose)
 
     def owner(self, purpose: str) -> str | None:
         """The process that runs the mode ``purpose`` here, in words; None if there is none."""

@@ -235,7 +235,9 @@ def audit(
     named = WORLDS if worlds is None else worlds
     trials = [_Trial(name, world, estimator, process) for name, world in named.items()]
     first = trials[0]
-    findings = [first.in_small_batches(images, seed), *first.repeatable(images, seed)]
+    small = [first.world.sample(seed, n) for n in (1, images)]
+    in_small_batches = first.complete([first.nats(pixels, seed) for pixels in small], small)
+    findings = [in_small_batches, *first.repeatable(images, seed)]
     for trial in trials:
         findings += trial.in_the_mean(calls, images, seed)
     if all(f.verdict != FAIL for f in findings if f.check == "complete"):
@@ -289,11 +291,6 @@ class _Trial:
         lost = total - finite
         words = f"{lost} of {total} numbers are missing or not finite"
         return self.finding("complete", not lost, lost / total, 0, words, math.inf)
-
-    def in_small_batches(self, images: int, seed: int) -> Finding:
-        """``complete`` for one image, and for ``images`` of them."""
-        given = [self.world.sample(seed, n) for n in (1, images)]
-        return self.complete([self.nats(pixels, seed) for pixels in given], given)
 
     def in_the_mean(self, calls: int, images: int, seed: int) -> Iterator[Finding]:
         """``complete``, ``bound``, ``tight`` and ``normalised``."""

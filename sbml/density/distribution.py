@@ -35,7 +35,7 @@ from sbml.density.estimators.base import Target, each
 from sbml.density.estimators.ode import Estimator
 from sbml.likelihood import ode
 from sbml.likelihood.ode import Solver
-from sbml.samplers import Chain, Map, Path, PathLogProb, Sampler, decode, denoise
+from sbml.samplers import ODE, Chain, Map, Path, PathLogProb, Sampler, denoise
 from sbml.samplers.density import check_folds
 from sbml.score.divergence import Trace, exact_batch
 from sbml.sdes import SDE
@@ -123,10 +123,8 @@ def _log_prob(score: Score, x: Example, key: Key | None, solver: Solver, how: Ho
 
 @vectorised
 def _sample(score: Score, key: Key, solver: Solver, how: How) -> Example:
-    z = how.sde.prior_sample(key, how.shape)
-    if how.sampler is None:
-        return decode(score, how.sde, z, eps=how.eps, solver=solver, denoise_last=how.denoise)[0]
-    x: Example = how.sampler(score, how.sde, z, stream(key, "sampler"), eps=how.eps)[0]
+    z, sampler = how.sde.prior_sample(key, how.shape), how.sampler or ODE(solver)
+    x: Example = sampler(score, how.sde, z, stream(key, "sampler"), eps=how.eps)[0]
     return denoise(score, how.sde, x, jnp.asarray(how.eps, x.dtype)) if how.denoise else x
 
 

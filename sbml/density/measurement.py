@@ -65,13 +65,12 @@ class Store(Protocol):
 
 
 class Memory:
-    """Rows in memory."""
+    """A ``Store`` of rows in memory."""
 
     def __init__(self) -> None:
         self._tables: dict[int, list[Columns]] = {}
 
     def read(self, sweep: int) -> Columns:
-        """See ``Store``."""
         tables = self._tables.get(sweep, [])
         if not tables:
             return {}
@@ -80,11 +79,10 @@ class Memory:
         return {name: column[order] for name, column in table.items()}
 
     def write(self, columns: Columns) -> None:
-        """See ``Store``."""
         self._tables.setdefault(int(columns["sweep"][0]), []).append(columns)
 
     def flush(self) -> None:
-        """See ``Store``."""
+        """They are readable at once."""
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)

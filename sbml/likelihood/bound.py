@@ -363,9 +363,6 @@ def elbo(
       steps: the number of steps N of the bound in discrete time, or the steps (:func:`chain`), for
         which the reduction's density and proposal are not used; None for the integral.
 
-    Returns:
-      The three terms in nats. Their expectation bounds -log p(x).
-
     Raises:
       ValueError: for a control with the score-matching form, or one of data of another size.
     """

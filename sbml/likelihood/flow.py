@@ -140,7 +140,8 @@ def ode_logp(
 ) -> Likelihood:
     """log p_eps(x) in nats for one example ``x`` of shape ``(*s)``; vmap over examples and keys.
 
-    The prior pi takes the place of p_T; the docstring of this module says what this changes.
+    The prior pi takes the place of p_T; the docstring of this module says what this changes. All
+    terms are NaN if the solver gave up.
 
     Args:
       score: a score of one example, called deterministically (with key None).
@@ -150,9 +151,6 @@ def ode_logp(
       eps: the smallest time, where the solve starts.
       trace: how the divergence is computed.
       solver: how the ODE is solved.
-
-    Returns:
-      The log-likelihood and its terms. They are NaN if the solver gave up.
     """
     _, found = _along_ode(score, sde, x, key, eps, trace, solver)
     return found
@@ -172,10 +170,8 @@ def sample_logp(
     """The sample x_eps of the latent ``z (*s)``, and log p_eps of it, by one solve from T to eps.
 
     The arguments are those of :func:`ode_logp`, which gives the same terms for the sample, up to
-    the error of the solver and, for a random trace, up to the noise of other probes.
-
-    Returns:
-      The sample ``(*s)``, and its log-likelihood with its terms. All are NaN if the solver gave up.
+    the error of the solver and, for a random trace, up to the noise of other probes. Sample and
+    terms are NaN if the solver gave up.
 
     Raises:
       ValueError: if eps is not in (0, T), or there is no key to draw the probes.

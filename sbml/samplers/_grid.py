@@ -137,11 +137,8 @@ class FixedSteps(Chain):
     def step(
         self, score: Score, sde: SDE, x: Example, carry: PyTree, times: Triple, z: Example
     ) -> tuple[Example, PyTree]:
-        """x at ``times[2]`` from x at ``times[1]`` with noise ``z``; ``times[0]`` is before it.
-
-        Returns:
-          x ``(*s)`` and the new state.
-        """
+        """x ``(*s)`` at ``times[2]`` from x at ``times[1]`` with noise ``z``, and the new state;
+        ``times[0]`` is the time before."""
         mean, std = self.transition(score, sde, x, times[1], times[2])
         return mean + std * z, carry
 
@@ -187,7 +184,7 @@ class FixedSteps(Chain):
     def path(
         self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number, frames: Steps
     ) -> tuple[Frames, Times]:
-        """See :class:`Sampler`; the frames are evenly spaced among the steps."""
+        """See ``Sampler``; the frames are evenly spaced among the steps."""
         _, path, times = self._scan(score, sde, z, key, eps, keep=True)
         return frames_of(z, path, times, frames)
 

@@ -29,7 +29,8 @@ def decode(
     solver: Solver = Solver(),
     denoise_last: bool = False,
 ) -> tuple[Example, Stats]:
-    """The sample ``(*s)`` of the latent ``z (*s)``: one example, in the scale of the data.
+    """The sample ``(*s)`` of the latent ``z (*s)``, one example in the scale of the data, and the
+    solver's stats. The sample is NaN if the solver gave up.
 
     Args:
       score: a score of one example, called deterministically.
@@ -38,9 +39,6 @@ def decode(
       eps: the smallest time, where the solve ends.
       solver: how the ODE is solved.
       denoise_last: whether the sample is E[x_0 | x_eps] instead of x_eps.
-
-    Returns:
-      The sample, NaN if the solver gave up, and the solver's stats.
 
     Raises:
       ValueError: eps is not in (0, T), or the score's shape is not that of ``z``.

@@ -95,7 +95,7 @@ DRAWS = {"iid": iid, "lattice": lattice}
 
 @checked
 def warp(u: Points, density: AnyBins) -> tuple[Elementwise, Elementwise]:
-    """Points v of a piecewise-constant density q on [0, 1), and 1/q(v), so that
+    """Points v of a piecewise-constant density q on [0, 1), and 1/q(v), of the shape of ``u``:
 
         E_u[ h(v) / q(v) ] = integral_0^1 h(v) dv      for u uniform and every h.
 
@@ -105,9 +105,6 @@ def warp(u: Points, density: AnyBins) -> tuple[Elementwise, Elementwise]:
     Args:
       u: points in [0, 1), any shape.
       density: q on ``bins`` equal bins, ``(bins,)``, positive; scaled here to a mean of 1.
-
-    Returns:
-      v in [0, 1) and 1/q(v), of the shape of ``u``.
     """
     # No point falls into a bin of density 0, or into one with so small a part of the sum that
     # rounding takes it away: its part of the integral would be lost.
@@ -142,7 +139,7 @@ def warp(u: Points, density: AnyBins) -> tuple[Elementwise, Elementwise]:
 
 @checked
 def with_floor(scale: AnyBins, floor: Annotated[Number, above_0, at_most(1)] = 0.1) -> Bins:
-    """A density q = (1 - floor) scale / mean(scale) + floor of mean 1, for :func:`warp`.
+    """The density q = (1 - floor) scale / mean(scale) + floor ``(bins,)``, for :func:`warp`.
 
     No weight 1/q exceeds 1 / floor. So however wrong ``scale`` is, the second moment of an estimate
     is at most 1 / floor times that with the uniform density.
@@ -152,9 +149,6 @@ def with_floor(scale: AnyBins, floor: Annotated[Number, above_0, at_most(1)] = 0
         without a finite value, such as one that no draw has visited, is given the mean of the
         others. If all are 0 or not finite, the density is uniform.
       floor: the part of the draws that stays uniform, in (0, 1].
-
-    Returns:
-      The density q, ``(bins,)``.
     """
     valid = jnp.isfinite(scale) & (scale >= 0)
     largest = jnp.max(jnp.where(valid, scale, 0))
@@ -172,7 +166,7 @@ def tally(
     values: Real[Array | np.ndarray, " n"],
     decay: Annotated[Number, between(0, 1)],
 ) -> Counts:
-    """Running sums in bins of v, from which ``counts[1] / counts[0]`` is the mean in each bin.
+    """New ``counts (2, bins)``, of which ``counts[1] / counts[0]`` is the mean in each bin of v.
 
         counts <- decay counts + sum over the batch of (1, value) in the bin of v
 
@@ -184,9 +178,6 @@ def tally(
       v: points in [0, 1), ``(n,)``, from :func:`warp`.
       values: the number to average at each point, ``(n,)``, without the weight 1/q(v).
       decay: the weight of the past; the memory is 1 / (1 - decay) batches.
-
-    Returns:
-      The new ``counts``, ``(2, bins)``.
     """
     counts, values = jnp.asarray(counts), jnp.asarray(values)
     bins = counts.shape[1]

@@ -23,6 +23,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
+from sbml.core.pytrees import in_batches
 from sbml.core.types import Array, PyTree
 from sbml.program.features import Extractor
 from sbml.program.runtime import weights as files
@@ -208,12 +209,9 @@ def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> E
 
     def features(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pixels = np.rint(images * (255 / (levels - 1))).astype(np.uint8)
-        pad = -len(pixels) % BATCH  # All batches have one compiled shape; the padding is dropped.
-        padded = np.concatenate([pixels, np.zeros((pad, *pixels.shape[1:]), np.uint8)])
-        batches = np.split(padded, len(padded) // BATCH)
-        results = [jax.device_get(look(params, batch, model)) for batch in batches]
-        joined = (np.concatenate(part)[: len(pixels)] for part in zip(*results, strict=True))
-        return next(joined), next(joined)
+        each = in_batches(lambda i: look(params, pixels[i], model), np.arange(len(pixels)), BATCH)
+        found, probabilities = zip(*(results for _, results in each), strict=True)
+        return np.concatenate(found), np.concatenate(probabilities)
 
     # Only numbers from the published weights are called FID, KID and IS without an addition.
     published = digest.startswith(SHA256)

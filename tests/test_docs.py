@@ -42,12 +42,14 @@ def execute(name: str, line: int, code: str) -> None:
 
 BLOCKS = [(name, *block) for name in DOCS for block in blocks((ROOT / name).read_text())]
 NEEDS_A_RUN = "docs/guides/resuming.md"
-NEEDS_TORCH = [block for block in BLOCKS if "import torch" in block[2]]  # run by test_pytorch.py
+LADDER = "docs/ladder.md"  # Its examples are run by test_ladder.py.
+# Run by test_pytorch.py.
+NEEDS_TORCH = [block for block in BLOCKS if "import torch" in block[2] and block[0] != LADDER]
 # If another block begins with the code of a block, only the longer one is run.
 LONGEST = [
     block
     for block in BLOCKS
-    if block[0] != NEEDS_A_RUN
+    if block[0] not in (NEEDS_A_RUN, LADDER)
     and block not in NEEDS_TORCH
     and not any(o[2] != block[2] and o[2].startswith(block[2]) for o in BLOCKS)
 ]

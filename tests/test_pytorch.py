@@ -123,7 +123,7 @@ def test_the_blocks_of_the_documentation_run(module, capsys) -> None:
         test_docs.execute(*block)
         expected = re.findall(r"-?\d+\.\d+", block[2])[-1]
         assert float(capsys.readouterr().out) == pytest.approx(float(expected), abs=1e-3)
-    assert len(test_docs.NEEDS_TORCH) == 2
+    assert len(test_docs.NEEDS_TORCH) == 1
 
 
 def test_probes_and_half_precision(module) -> None:

@@ -223,7 +223,10 @@ def _flatten(estimator: Estimator) -> tuple[tuple[PyTree, ...], Static]:
 
 
 def _unflatten(cls: type[Estimator], static: Static, nodes: Iterable[PyTree]) -> Estimator:
-    return cls(**dict(zip(static[0], nodes, strict=True)), **dict(static[1]))
+    estimator: Estimator = object.__new__(cls)
+    for name, value in (*zip(static[0], nodes, strict=True), *static[1]):
+        object.__setattr__(estimator, name, value)
+    return estimator
 
 
 def _is_node(value: PyTree) -> bool:

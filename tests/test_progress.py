@@ -52,6 +52,15 @@ def test_the_mean_is_that_of_all_values_and_compiling_is_no_part_of_the_speed(
     assert len(set(map(len, screen.lines))) == 1 and set(drawn[-1][0]) == {"#"}
 
 
+def test_a_bar_moves_by_eighths_of_a_character_where_it_can_be_shown(
+    screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Screen, "encoding", "utf-8")
+    with Bar("ode", "image", 1000) as bar:
+        bar.update(3)
+        assert screen.lines[-1].partition("|")[2][0] in "▏▎▍▌▋▊▉"
+
+
 def wait_for(text: str, screen: Screen) -> None:
     """Wait until another thread has written ``text``; fail after ten seconds."""
     deadline = time.monotonic() + 10

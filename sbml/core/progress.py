@@ -3,7 +3,7 @@
 In a terminal and in a notebook a bar is one line that is written again and again; in a log file it
 is a plain line every 10 seconds:
 
-    ode uniform:  50%|#####     | 36/72 [01:09<00:07,  5.00 image/s, 1.772 bits/dim]
+    ode uniform:  50%|█████     | 36/72 [01:09<00:07,  5.00 image/s, 1.772 bits/dim]
     ode uniform:  50% 36/72 [01:09<00:07,  5.00 image/s, 1.772 bits/dim]
 
 The first result takes long, because the function is compiled before it. So a bar says "compiling"

@@ -25,19 +25,6 @@ from sbml.statistics.intervals import Interval, mean_interval
 
 Table = tuple[np.ndarray, np.ndarray]  # the ids (n,) and the bits/dim (n,) of images
 
-# The rows of the table of a cell: heading, key and format.
-SHOWN = (
-    ("bits/dim", "bits_per_dim", "bits"),
-    ("95% interval", "interval", "bits"),
-    ("difference", "difference", "+.4f"),
-    ("its 95% interval", "difference_interval", "+.4f"),
-    ("verdict", "verdict", ""),
-    ("images in both", "pairs", ""),
-    ("smallest time", "smallest_time", ".3g"),
-    ("network evaluations, mean", "nfe_mean", ".1f"),
-    ("converged", "converged", ""),
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -195,10 +182,6 @@ def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
 def render(runs: Sequence[Run], numbers: Json) -> str:
     """The page, one HTML file that opens offline; ``numbers`` are from :func:`compare`."""
     titles = {n: page.label(r) for run in runs for n, r in run.results.items()}
-    lacking = {
-        name: [titles.get(part, part) for part in parts]
-        for name, parts in numbers["lacking"].items()
-    }
     cells = []
     for cell in numbers["cells"]:
         rows = [difference_row(row) for row in cell["rows"] if "difference" in row]
@@ -217,13 +200,10 @@ def render(runs: Sequence[Run], numbers: Json) -> str:
     return page.render(
         "comparison.html",
         title="Comparison of " + ", ".join(run.name for run in runs),
-        first=runs[0].name,
-        shown=SHOWN,
-        images=numbers["data"],
+        content=numbers,
+        titles=titles,
         cells=cells,
-        runs=numbers["runs"],
         warnings=[f"{run.name}: {each}" for run in runs for each in run.evaluation["warnings"]],
-        lacking=lacking,
         differing=differing(runs),
         samples=samples,
         quality=list(dict.fromkeys(itertools.chain(*(run.quality for run in runs)))),

@@ -399,15 +399,11 @@ def validation(curves: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
     return plots.figure("Validation", draw, caption)
 
 
-def grid(images: np.ndarray, levels: int, columns: int, scale: int) -> bytes:
-    """A PNG file with a grid of ``images`` in at most ``columns`` columns."""
-    return png(image_grid(images, levels, min(columns, len(images)), scale))
-
-
 def few(images: np.ndarray, levels: int) -> bytes:
     """A PNG file with a grid of the first ``images``, at most 4 rows of 8."""
     count = min(32, max(1, 2 * PIXEL_BUDGET // images[0].size))
-    return grid(images[:count], levels, 8, max(1, 48 // max(images.shape[1:3])))
+    scale = max(1, 48 // max(images.shape[1:3]))
+    return png(image_grid(images[:count], levels, min(8, count, len(images)), scale))
 
 
 def _extremes(
@@ -422,7 +418,7 @@ def _extremes(
     return [
         [
             {
-                "png": grid(images[ids[i]][None], levels, 1, scale),
+                "png": png(image_grid(images[ids[i]][None], levels, 1, scale)),
                 "name": str(ids[i] if names is None else names[i]),
                 "caption": f"id {ids[i]}" if names is None else str(names[i]),
                 "class": None if classes is None else str(classes[i]),
@@ -451,7 +447,7 @@ def _samples(samples: np.ndarray, levels: int, classes: Sequence[str]) -> tuple[
     elif count:
         again = ", and these again" if columns > count else ""
         alt += f" Each column has one class: {', '.join(classes)}{again}."
-    return alt, grid(shown, levels, columns, scale)
+    return alt, png(image_grid(shown, levels, min(columns, len(shown)), scale))
 
 
 def _ending(table: Mapping[str, np.ndarray], ending: str) -> dict[str, np.ndarray]:

@@ -85,7 +85,7 @@ OF_ONE_SDE = {
 EVERY = {(name, sde) for name in OF_AN_SDE for sde in SDES}
 EVERY |= {(name, "vp") for names in OF_ONE_SDE.values() for name in names}
 EVERY |= {(each.name, "ours") for each in ours.OURS}
-EVERY |= {(each.estimator.name, "mistake") for each in mistakes.MISTAKES}
+EVERY |= {(each.name, "mistake") for each in mistakes.MISTAKES}
 
 
 # The rows of ``class_rows`` and ``draws_rows`` take longest. CI computes them, as all others.

@@ -582,6 +582,10 @@ def test_a_number_far_from_the_others_is_an_arrow(tmp_path: Path) -> None:
         assert markers.count("o") == 3
         assert (">" in markers, "<" in markers) == (far == 900.0, far == -900.0)
     assert len({*ends.values()}) == 1
+    # An unbounded interval, as of one image, tells no width: those of the others are .03 and .1.
+    near[1] = plots.Row("b", 2.4, -math.inf, math.inf, "")
+    reach = 10 * (0.42 + 0.065)
+    assert plots.limits(near) == pytest.approx((2.4 - reach, 2.4 + reach))
     report = numbers()
     report["baselines"][0] |= {"bits_per_dim": 900.0, "interval": [899.0, 901.0]}
     assert "900.000" in (text := write(tmp_path, report).text) and "An arrow: the number" in text

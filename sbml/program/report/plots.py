@@ -96,10 +96,10 @@ class Row(NamedTuple):
 
 def limits(rows: Sequence[Row]) -> tuple[float, float]:
     """The ends of an axis for ``rows``, ten times the median distance from the median plus the
-    median half-width of an interval: numbers beyond them would press the others together."""
-    finite = [row[1:4] for row in rows if math.isfinite(row.mean)] or [(0.0, 0.0, 0.0)]
-    means, low, high = np.array(finite).T
-    centre, halves = np.median(means), np.nan_to_num(high - low, posinf=0) / 2
+    median half-width of the finite intervals: numbers beyond would press the others together."""
+    means = np.array([row.mean for row in rows if math.isfinite(row.mean)] or [0.0])
+    halves = [half for row in rows if math.isfinite(half := (row.high - row.low) / 2)] or [0.0]
+    centre = np.median(means)
     reach = 10 * (np.median(np.abs(means - centre)) + np.median(halves)) or np.inf
     return float(centre - reach), float(centre + reach)
 

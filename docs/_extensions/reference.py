@@ -22,8 +22,8 @@ FOLDER = "reference"
 # Functions and classes that other files of the package need, and users do not.
 INTERNAL = {
     "sbml.core.bits": "check_pixels, check_dequantized",
-    "sbml.codec.file": "as_integers, packed, crc32",
-    "sbml.codec.stack": "coder, installed, require",
+    "sbml.codec.file": "as_integers, packed",
+    "sbml.codec.stack": "coder, installed",
     "sbml.core.compiler": "version, needs_cure, knows, with_flags",
     "sbml.data": "source_of",
     "sbml.data.image_folder": "printable",
@@ -40,11 +40,8 @@ INTERNAL = {
     "sbml.density.estimators.base": "draw_key, times_key",
     "sbml.density.estimators.ode": "averaged",
     "sbml.statistics.moments": "rows",
-    "sbml.networks.ncsnpp": "add, ResnetBlockDDPMpp, ResnetBlockBigGANpp, AttnBlockpp, Combine",
-    "sbml.networks.unet2d": (
-        "default_groups, fields, params, TimeEmbedding, Resnet, Attention, Resample, Down, "
-        "Middle, Up"
-    ),
+    "sbml.networks.ncsnpp": "ResnetBlockDDPMpp, ResnetBlockBigGANpp, AttnBlockpp, Combine",
+    "sbml.networks.unet2d": ("fields, params, TimeEmbedding, Resnet, Attention, Down, Middle, Up"),
     "sbml.networks.vdm": "default_groups, Block, Attention",
     "sbml.likelihood.ode": (
         "check_tolerances, check_precision, growth, most_evaluations, last_time, rms_norm"

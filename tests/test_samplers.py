@@ -303,3 +303,16 @@ def test_samplers_are_static_under_jit() -> None:
         assert hash(kind()) == hash(kind()) and kind() == kind()
         assert dataclasses.is_dataclass(kind)
     assert hash(NoCorrector()) == hash(NoCorrector())
+
+
+def test_a_chain_without_a_way_to_draw_is_no_sampler() -> None:
+    """Otherwise its samples and its path would be None, without an error."""
+
+    class Unfinished(samplers.Chain):
+        nfe = 1
+
+        def times(self, sde: SDE, eps: Any) -> Any:
+            return jnp.linspace(1, eps, 2)
+
+    with pytest.raises(TypeError, match="abstract methods '?__call__'?, '?path"):
+        Unfinished()  # type: ignore[abstract]

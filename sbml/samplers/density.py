@@ -131,6 +131,7 @@ class Path:
 class Sampler(Protocol):
     """The interface of every sampler."""
 
+    @abc.abstractmethod
     def __call__(
         self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number
     ) -> tuple[Example, Stats]:
@@ -138,13 +139,12 @@ class Sampler(Protocol):
 
         If ``z`` has less than JAX's default precision, the sample has the default precision.
         """
-        ...
 
+    @abc.abstractmethod
     def path(
         self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number, frames: int
     ) -> tuple[Array, Times]:
         """x ``(frames, *s)`` at times ``(frames,)`` from T to ``eps``; the first is the latent."""
-        ...
 
 
 class Chain(Sampler, abc.ABC):

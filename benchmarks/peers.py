@@ -5,6 +5,7 @@
       gensbi=PYTHON flow_matching=PYTHON sbgm=PYTHON
     python benchmarks/peers.py table results.json
     python benchmarks/peers.py inside problems.npz
+    python benchmarks/peers.py costs
 
 The problems are two mixtures of Gaussians and a small network of digits. One function of the sample
 and the time, u = E[e - x_0 | x_t] on the path x_t = (1 - t) x_0 + t e, is given to all libraries,
@@ -24,6 +25,8 @@ which the largest error over the examples is at most the target. Then the proces
 settings in turns, in ``--rounds`` rounds. Each process is bound to one core. Times are CPU-seconds
 of compiled calls, the smallest of several in a round. ``table`` shows the medians of their ratios
 to sbml's time of the same round. ``inside`` compares ``log_prob`` inside jit with ``logp``.
+``costs`` counts the evaluations of ways to solve in two dimensions, where a divergence is cheap. It
+needs no problems and no other library.
 """
 
 import argparse
@@ -128,9 +131,9 @@ class Way(NamedTuple):
 # Problems.
 
 
-def mixture(dims: int, examples: int = EXAMPLES) -> Arrays:
+def mixture(dims: int, examples: int = EXAMPLES, seed: tuple[int, ...] = ()) -> Arrays:
     """Four Gaussians with standard deviations from 0.1 to 1, different in each direction."""
-    random = np.random.default_rng(dims)
+    random = np.random.default_rng((dims, *seed) if seed else dims)
     deviations = np.exp(random.uniform(np.log(0.1), 0, (4, dims)))
     mean = random.normal(size=(4, dims)) * (1.5 if dims == 2 else 0.5)
     log_weights = np.log(np.array([0.1, 0.2, 0.3, 0.4]))
@@ -676,6 +679,94 @@ def inside(file: str, rounds: int, counts: list[int]) -> None:
             print(f"| {name}, {path} | {count} | {ms:.3f} | {ratio:.3f} |", flush=True)
 
 
+def together(arrays: Arrays, batched: bool, tolerance: float) -> tuple[np.ndarray, float]:
+    """log p (n,), and the evaluations for an example, if x and log p are solved together.
+
+    Every evaluation of dopri5 in t then has a divergence. ``batched``: the batch has one sequence
+    of steps, as in gensbi, whose error norm is over all examples.
+    """
+    import diffrax
+    import jax
+    import jax.numpy as jnp
+
+    x, problem = jax_problem(arrays)
+
+    def rate(t: Any, y: Any, _: Any) -> Any:
+        f: Callable[[Any], Any] = lambda x: problem.velocity(x, t)  # noqa: E731
+        divergence = lambda x: jnp.trace(jax.jacfwd(f)(x))  # noqa: E731
+        return (f(y[0]), (jax.vmap(divergence) if batched else divergence)(y[0]))
+
+    def solve(x: Any) -> Any:
+        controller = diffrax.PIDController(rtol=tolerance, atol=tolerance)
+        how: Any = {"stepsize_controller": controller, "max_steps": 4096}
+        start = x, jnp.zeros(x.shape[:-1])
+        term = diffrax.ODETerm(rate)
+        end = diffrax.diffeqsolve(term, diffrax.Dopri5(), 0.0, 1.0, None, start, **how)
+        (latent,), (change,) = end.ys
+        log_prior = -0.5 * (latent**2 + math.log(2 * math.pi)).sum(-1)
+        return log_prior + change, 1 + 6 * end.stats["num_steps"]  # the last one is used again
+
+    logp, evaluations = jax.jit(solve if batched else jax.vmap(solve))(x)
+    return np.asarray(logp), float(np.mean(evaluations))
+
+
+def costs(mixtures: int) -> None:
+    """Print the cost of log p in two dimensions: evaluations + 2 evaluations with a divergence.
+
+    A divergence takes two tangents, each of which is counted like an evaluation. The largest errors
+    (geometric) and the costs are means over the mixtures, and interpolated between tolerances.
+    """
+    from sbml.likelihood.ode import Solver
+    from sbml.likelihood.quadrature import ONCE, PER_STEP
+
+    dims = 2
+
+    def ours(power: float) -> Callable[..., tuple[np.ndarray, float]]:
+        def solve(arrays: Arrays, tolerance: float) -> tuple[np.ndarray, float]:
+            solver = Solver(rtol=tolerance, atol=tolerance, power=power)
+            density = densities(arrays)[STRAIGHT](None, solver=solver)
+            found = density.logp(arrays["x"], check=False)
+            nfe = found.nfe.mean()
+            return found.values, nfe + dims * (ONCE + PER_STEP * (nfe - ONCE) / (5 + PER_STEP))
+
+        return solve
+
+    def theirs(batched: bool) -> Callable[..., tuple[np.ndarray, float]]:
+        def solve(arrays: Arrays, tolerance: float) -> tuple[np.ndarray, float]:
+            logp, nfe = together(arrays, batched, tolerance)
+            return logp, nfe * (1 + dims)
+
+        return solve
+
+    ways = {
+        "sbml, in t": (ours(1.0), (1 - EPS, EPS)),
+        "sbml, in sqrt(t)": (ours(2.0), (1 - EPS, EPS)),
+        "together, a sequence of steps for each example": (theirs(batched=False), (1.0, 0.0)),
+        "together, one sequence of steps (gensbi's settings)": (theirs(batched=True), (1.0, 0.0)),
+    }
+    problems = [mixture(dims, seed=(seed,)) for seed in range(mixtures)]
+    print(f"| straight path, {dims} dimensions | {' | '.join(f'{t:g}' for t in TARGETS)} |")
+    print("|---|" + "---|" * len(TARGETS))
+    for name, (solve, (alpha, sigma)) in ways.items():
+        points = []
+        for tolerance in (0.1, 0.03, *TOLERANCES[:7]):
+            logs, of_each = [], []
+            for arrays in problems:
+                single = {key: a.astype(np.float32) for key, a in arrays.items()}
+                logp, cost = solve(single, tolerance)
+                logs.append(np.log(np.abs(logp - log_density(arrays, alpha, sigma)).max()))
+                of_each.append(cost)
+            points.append((np.mean(logs), np.mean(of_each)))
+        errors, cost = np.array(sorted(points)).T
+        cells = [
+            f"{np.interp(np.log(t), errors, cost):.0f}"
+            if errors[0] < np.log(t) < errors[-1]
+            else f"more than {cost[0]:.0f}"
+            for t in TARGETS
+        ]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     """Run one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -694,6 +785,7 @@ def main() -> None:
     within.add_argument("problems")
     within.add_argument("--rounds", type=int, default=9)
     within.add_argument("--examples", type=int, nargs="+", default=[64, 512])
+    commands.add_parser("costs").add_argument("--mixtures", type=int, default=12)
     args = parser.parse_args()
     if args.command in ("work", "inside"):
         # One thread for each framework. It is set before they are imported.
@@ -706,6 +798,8 @@ def main() -> None:
         measure(args.problems, args.results, args.rounds, args.pythons)
     elif args.command == "table":
         table(args.results)
+    elif args.command == "costs":
+        costs(args.mixtures)
     else:
         inside(args.problems, args.rounds, args.examples)
 

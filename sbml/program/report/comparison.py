@@ -19,6 +19,7 @@ import numpy as np
 
 from sbml.core.types import Json
 from sbml.program.report import page, plots, result, summary
+from sbml.program.report.pictures import few
 from sbml.program.runtime import metrics
 from sbml.program.runtime.workdir import EVALUATION, Workdir
 from sbml.statistics.intervals import Interval, mean_interval
@@ -195,7 +196,7 @@ def render(runs: Sequence[Run], numbers: Json) -> str:
     samples = []
     for run in runs:
         if run.samples is not None:
-            png = page.few(run.samples, run.images["levels"])
+            png = few(run.samples, run.images["levels"])
             samples.append((run.name, png))
     return page.render(
         "comparison.html",

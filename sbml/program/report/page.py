@@ -25,7 +25,7 @@ from sbml.core.files import strict, write_whole
 from sbml.core.scalars import notation
 from sbml.core.types import Json
 from sbml.program.report import plots
-from sbml.program.report.pictures import image_grid, png
+from sbml.program.report.pictures import extremes, few, sample_grid
 from sbml.program.report.result import KIND, ROWS, cell, read
 from sbml.statistics import intervals
 from sbml.statistics.intervals import HEAVY, Interval
@@ -33,9 +33,6 @@ from sbml.statistics.intervals import HEAVY, Interval
 DOCS = "https://sbml-jax.github.io/sbml/latest/"
 # The sections of the documentation that explain the terms of a number.
 OF_ODE, OF_BOUND = (f"explanations/bits.html#the-terms-of-the-{name}" for name in ("ode", "bound"))
-PAGE_WIDTH = 1056  # pixels, as in report.css
-STRIP_IMAGES, SAMPLE_COLUMNS, SAMPLE_ROWS = 10, 16, 8
-PIXEL_BUDGET = 150_000  # bytes before compression, for each strip and half the sample grid
 BITS = "bits_per_dim"  # the end of the names of columns with bits/dim
 OF_LEVELS = (
     "These values are measured on {:,} images of each kind with other draws than the bound, so "
@@ -91,7 +88,7 @@ def write(
     report: Json = strict(content)
     results = report["results"]
     losses = training(curves), validation(curves), levels_figure(report)
-    shown: dict[str, Any] = dict.fromkeys(["results", "beside"])
+    shown: dict[str, Any] = dict.fromkeys(["results", "beside", "samples"])
     warnings = [*report.get("warnings", [])]
     if table is not None and images is not None:
         report["verdict"] = verdict(results[0])[0]
@@ -109,6 +106,8 @@ def write(
                 f"{count:,} bits/dim in the per-image table are not finite; the results count "
                 f"{stated:,}."
             )
+    if samples is not None:
+        shown["samples"] = sample_grid(samples, levels, report.get("classes", []))
     # All values with all digits, except for those that the page shows elsewhere.
     numbered = {f"{row}. {label(result)}": result for row, result in enumerate(results, 1)}
     details = {"Every number of the results": flat(numbered)} if results else {}
@@ -128,7 +127,6 @@ def write(
         losses=losses,
         details=details,
         copied=copied(report.get("title", ""), results),
-        samples=None if samples is None else _samples(samples, levels, report.get("classes", [])),
         classifier=classifier,
         pictures=pictures,
         **shown,
@@ -179,7 +177,7 @@ def _evaluation(
             name: OF_ODE if name in of_ode else OF_BOUND for _, name, _ in terms if name in shown
         },
         "histograms": histograms,
-        "extremes": _extremes(table, next(iter(bits.values())), images, levels),
+        "extremes": extremes(table, next(iter(bits.values())), images, levels),
     }
 
 
@@ -397,57 +395,6 @@ def validation(curves: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
     band, unit = 1.96 * stderr, "bound, bits/dim"
     draw = partial(plots.validation, step=step, values=bound, half_width=band, label=unit)
     return plots.figure("Validation", draw, caption)
-
-
-def few(images: np.ndarray, levels: int) -> bytes:
-    """A PNG file with a grid of the first ``images``, at most 4 rows of 8."""
-    count = min(32, max(1, 2 * PIXEL_BUDGET // images[0].size))
-    scale = max(1, 48 // max(images.shape[1:3]))
-    return png(image_grid(images[:count], levels, min(8, count, len(images)), scale))
-
-
-def _extremes(
-    table: Mapping[str, np.ndarray], bits: np.ndarray, images: np.ndarray, levels: int
-) -> list[list[dict[str, object]]]:
-    """The images with the smallest bits/dim, best first, and with the largest, worst first. Values
-    that are not finite count as the worst."""
-    ids, names, classes = np.asarray(table["id"]), table.get("name"), table.get("class")
-    order = np.argsort(np.where(np.isfinite(bits), bits, np.inf), kind="stable")
-    count = min(STRIP_IMAGES, max(1, len(ids) // 2), max(1, PIXEL_BUDGET // images[0].size))
-    scale = max(1, 96 // max(images.shape[1:3]))
-    return [
-        [
-            {
-                "png": png(image_grid(images[ids[i]][None], levels, 1, scale)),
-                "name": str(ids[i] if names is None else names[i]),
-                "caption": f"id {ids[i]}" if names is None else str(names[i]),
-                "class": None if classes is None else str(classes[i]),
-                "bits_per_dim": float(bits[i]),
-                "finite": math.isfinite(bits[i]),
-            }
-            for i in places[:count]
-        ]
-        for places in (order, order[::-1])
-    ]
-
-
-def _samples(samples: np.ndarray, levels: int, classes: Sequence[str]) -> tuple[str, bytes]:
-    """The caption and the grid of ``samples``. Sample i has the class i modulo the number of
-    classes, and each column has one class, unless there are more classes than columns."""
-    count = len(classes)
-    scale = max(1, 64 // max(samples.shape[1:3]))
-    columns = min(SAMPLE_COLUMNS, max(1, PAGE_WIDTH // (samples.shape[2] * scale)))
-    columns -= columns % count if 0 < count <= columns else 0
-    rows = min(SAMPLE_ROWS, max(1, 2 * PIXEL_BUDGET // (columns * samples[0].size)))
-    shown = samples[: rows * columns]
-    total = f" of {len(samples):,}" if len(shown) < len(samples) else ""
-    alt = f"{len(shown):,}{total} samples from the model, not selected."
-    if count > columns:
-        alt += f" Sample i is of the class i modulo {count}, counted from 0."
-    elif count:
-        again = ", and these again" if columns > count else ""
-        alt += f" Each column has one class: {', '.join(classes)}{again}."
-    return alt, png(image_grid(shown, levels, min(columns, len(shown)), scale))
 
 
 def _ending(table: Mapping[str, np.ndarray], ending: str) -> dict[str, np.ndarray]:

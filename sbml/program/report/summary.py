@@ -22,6 +22,7 @@ import numpy as np
 from absl import logging
 
 from sbml.core.files import read_png
+from sbml.core.types import Json
 from sbml.data import ImageSet
 from sbml.program.report import page, result
 from sbml.program.runtime import history, metrics
@@ -37,6 +38,7 @@ from sbml.program.runtime.workdir import (
 )
 from sbml.statistics.intervals import difference
 
+Rows = Sequence[Mapping[str, Any]]  # of a file of metrics
 NEIGHBOURS_CAPTION = "The first samples, and below each the training image nearest to it."
 
 
@@ -44,7 +46,7 @@ def write(
     workdir: Workdir,
     load: Callable[[str], ImageSet],
     known: Mapping[str, Any] | None = None,
-    curves: Sequence[Mapping[str, Any]] | None = None,
+    curves: Rows | None = None,
 ) -> bool:
     """Write ``report.json`` and ``report.html``, if there is an evaluation or ``known`` is given.
 
@@ -118,9 +120,8 @@ def write(
                 logging.warning(f"{about}: left out; make it again (--mode=quality)")
     elif workdir.has(SAMPLES):
         drawn, evaluated = int(workdir.read(SAMPLES)["step"]), checkpoint["step"]
-        remedy = "draw new samples (--mode=sample)"
-        if drawn > evaluated:
-            remedy = f"evaluate again (--mode=eval), or {remedy}"
+        remedy = "evaluate again (--mode=eval), or " if drawn > evaluated else ""
+        remedy += "draw new samples (--mode=sample)"
         warnings.insert(
             0,
             f"the samples are of another checkpoint (step {drawn}) than the results (step "
@@ -128,10 +129,11 @@ def write(
             f"{remedy}",
         )
     curves = metrics.read(workdir) if curves is None else curves
+    past = metrics.read(workdir, history.FILE)
+    if found := provenance_of(past, content, curves):
+        content["provenance"] = found
     if stored["results"] and stored["results"][0]["split"] != "train":
         content["gap"] = gap_of(workdir, stored)
-    if found := provenance_of(workdir, content, curves):
-        content["provenance"] = found
     content["warnings"] = warnings
     if known is not None:
         # The newest picture of the training takes the place of samples.
@@ -139,8 +141,7 @@ def write(
         steps = {int(p.stem[5:]): p for p in paths if p.stem[5:].isdecimal()}
         if steps:
             last = max(steps)
-            caption = f"Samples during the training, at step {last:,}."
-            pictures = [(caption, read_png(steps[last]))]
+            pictures = [(f"Samples during the training, at step {last:,}.", read_png(steps[last]))]
         modes = {"results": "eval", "samples": "sample", "quality": "quality"}
         busy = {name: workdir.owner(mode) for name, mode in modes.items()}
         content["running"] = {modes[name]: owner for name, owner in busy.items() if owner}
@@ -210,10 +211,9 @@ def gap_of(workdir: Workdir, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     if (levels := evaluation.get("noise_levels")) is not None:
         names = ("edges", "split", "train", "split_stderr", "train_stderr")
         edges, *curves = (np.asarray(levels[name], float) for name in names)
-        held_out, train = (page.area(edges, curve) for curve in curves[:2])
+        held, train = (page.area(edges, curve) for curve in curves[:2])
         half = 1.96 * float(np.linalg.norm(np.diff(edges) * np.stack(curves[2:])))
-        found["diffusion"] = {"held_out": held_out, "train": train}
-        found["diffusion"] |= {"gap": held_out - train, "ci95": half}
+        found["diffusion"] = {"held_out": held, "train": train, "gap": held - train, "ci95": half}
     folder = Workdir(workdir / "train")
     if not folder.has(EVALUATION):
         return found
@@ -233,12 +233,9 @@ def gap_of(workdir: Workdir, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def provenance_of(
-    workdir: Workdir, content: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]
-) -> dict[str, dict[str, str]]:
+def provenance_of(rows: Rows, content: Json, curves: Rows) -> dict[str, dict[str, str]]:
     """Code, hardware, dates, duration and cost of the ``training`` and of the ``evaluation`` of the
-    checkpoint, as far as they are known."""
-    rows = metrics.read(workdir, history.FILE)
+    checkpoint, as far as they are known from the ``rows`` of the history."""
     begun = max((i for i, row in enumerate(rows) if row.get("first") == 0), default=0)
     step, results = content.get("checkpoint", {}).get("step"), content["results"]
     trained = [row for row in rows[begun:] if row["mode"] == "train"]
@@ -258,7 +255,7 @@ def provenance_of(
     return {name: values for name, values in found.items() if values}
 
 
-def _sums(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _sums(rows: Rows) -> dict[str, str]:
     """The code, hardware, dates, duration and cost of all ``rows`` of the history, as text."""
     if not rows:
         return {}

@@ -131,9 +131,9 @@ class Way(NamedTuple):
 # Problems.
 
 
-def mixture(dims: int, examples: int = EXAMPLES, seed: tuple[int, ...] = ()) -> Arrays:
+def mixture(dims: int, examples: int = EXAMPLES, seed: int | None = None) -> Arrays:
     """Four Gaussians with standard deviations from 0.1 to 1, different in each direction."""
-    random = np.random.default_rng((dims, *seed) if seed else dims)
+    random = np.random.default_rng(dims if seed is None else (dims, seed))
     deviations = np.exp(random.uniform(np.log(0.1), 0, (4, dims)))
     mean = random.normal(size=(4, dims)) * (1.5 if dims == 2 else 0.5)
     log_weights = np.log(np.array([0.1, 0.2, 0.3, 0.4]))
@@ -322,10 +322,17 @@ def densities(arrays: Arrays) -> dict[str, Callable[..., Any]]:
     return {path: (lambda *a, path=path, **k: density(path, *a, **k)) for path in made}
 
 
+def with_divergence(nfe: float) -> float:
+    """How many of sbml's ``nfe`` evaluations by tsit5 also have a divergence."""
+    from sbml.likelihood.quadrature import ONCE, PER_STEP
+
+    per_step = 5 + PER_STEP  # of tsit5 with an integral
+    return ONCE + PER_STEP * (nfe - ONCE) / per_step
+
+
 def sbml(arrays: Arrays) -> Ways:
     import jax
 
-    from sbml.likelihood.quadrature import ONCE, PER_STEP
     from sbml.score.divergence import Trace
 
     x = jax_problem(arrays)[0]
@@ -340,8 +347,7 @@ def sbml(arrays: Arrays) -> Ways:
 
             def evaluations(tolerance: float) -> tuple[float, float]:
                 nfe = density(tolerance, **fields).logp(np.asarray(x), check=False).nfe.mean()
-                per_step = 5 + PER_STEP  # of tsit5 with an integral
-                return nfe, ONCE + PER_STEP * (nfe - ONCE) / per_step
+                return nfe, with_divergence(nfe)
 
             return Way(name, not fields, TOLERANCES[:-1], made, evaluations)
 
@@ -717,7 +723,6 @@ def costs(mixtures: int) -> None:
     (geometric) and the costs are means over the mixtures, and interpolated between tolerances.
     """
     from sbml.likelihood.ode import Solver
-    from sbml.likelihood.quadrature import ONCE, PER_STEP
 
     dims = 2
 
@@ -727,7 +732,7 @@ def costs(mixtures: int) -> None:
             density = densities(arrays)[STRAIGHT](None, solver=solver)
             found = density.logp(arrays["x"], check=False)
             nfe = found.nfe.mean()
-            return found.values, nfe + dims * (ONCE + PER_STEP * (nfe - ONCE) / (5 + PER_STEP))
+            return found.values, nfe + dims * with_divergence(nfe)
 
         return solve
 
@@ -744,7 +749,8 @@ def costs(mixtures: int) -> None:
         "together, a sequence of steps for each example": (theirs(batched=False), (1.0, 0.0)),
         "together, one sequence of steps (gensbi's settings)": (theirs(batched=True), (1.0, 0.0)),
     }
-    problems = [mixture(dims, seed=(seed,)) for seed in range(mixtures)]
+    targets = np.log(TARGETS)
+    problems = [mixture(dims, seed=seed) for seed in range(mixtures)]
     print(f"| straight path, {dims} dimensions | {' | '.join(f'{t:g}' for t in TARGETS)} |")
     print("|---|" + "---|" * len(TARGETS))
     for name, (solve, (alpha, sigma)) in ways.items():
@@ -758,12 +764,10 @@ def costs(mixtures: int) -> None:
                 of_each.append(cost)
             points.append((np.mean(logs), np.mean(of_each)))
         errors, cost = np.array(sorted(points)).T
-        cells = [
-            f"{np.interp(np.log(t), errors, cost):.0f}"
-            if errors[0] < np.log(t) < errors[-1]
-            else f"more than {cost[0]:.0f}"
-            for t in TARGETS
-        ]
+        low, high = errors[0], errors[-1]
+        marks = ["more than " if e < low else "less than " if e > high else "" for e in targets]
+        at = np.interp(targets, errors, cost)
+        cells = [f"{mark}{value:.0f}" for mark, value in zip(marks, at, strict=True)]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

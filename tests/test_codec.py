@@ -16,7 +16,6 @@ from scipy import stats
 
 import sbml
 from sbml.codec import Chain, Codec, CodedFileError, bits_back, chain, compress, decompress, file
-from sbml.codec import stack as stacks
 from sbml.codec.file import DamagedStacksError
 from sbml.likelihood import bound, discrete
 from sbml.score import from_prediction
@@ -45,7 +44,7 @@ def codec(data: Any = "uniform", steps: int = 30, lanes: int = 4) -> Codec:
 
 
 def random_stack(words: int = 4000) -> Any:
-    return stacks.coder(np.random.RandomState(0).randint(1, 2**32, words, dtype=np.uint32))
+    return bits_back.coder(np.random.RandomState(0).randint(1, 2**32, words, dtype=np.uint32))
 
 
 # The stack.
@@ -54,7 +53,7 @@ def random_stack(words: int = 4000) -> Any:
 def test_popped_integers_have_the_mean_and_the_variance_of_the_normal() -> None:
     mean = np.random.default_rng(1).uniform(-50, 50, 20_000)
     for std in (2.0, 3.7):
-        k = stacks.Normal(std, open=False).pop(random_stack(20_000), mean)
+        k = bits_back.Normal(std, open=False).pop(random_stack(20_000), mean)
         assert abs(np.mean(k - mean)) < 4 * std / math.sqrt(20_000)
         assert np.var(k - mean) == pytest.approx(std**2, rel=4 * math.sqrt(2 / 20_000))
 
@@ -66,7 +65,7 @@ def test_a_push_adds_the_information_of_its_values(open: bool) -> None:
     k = np.rint(mean + std * rng.normal(size=5000)).astype(np.int64)
     if open:  # Integers that are too far away for a short code take about 24 + 22 bits.
         k[:7] += np.array([31, 32, -31, -32, 400, -60_000, 2_000_000])
-    normal, stack = stacks.Normal(std, open=open), random_stack()
+    normal, stack = bits_back.Normal(std, open=open), random_stack()
     before, words = stack.num_valid_bits(), stack.get_compressed()
     normal.push(stack, k, mean)
     # N(m, s^2 - 1/12) in the bin around the integer.
@@ -80,7 +79,7 @@ def test_a_push_adds_the_information_of_its_values(open: bool) -> None:
 
 def test_scrambled_bits_are_independent_of_what_was_pushed() -> None:
     """Without the pads, the noise of a pop is a function of the value that was just pushed."""
-    normal, mean = stacks.Normal(4.0, open=False), np.zeros(1)
+    normal, mean = bits_back.Normal(4.0, open=False), np.zeros(1)
     correlations = []
     for scrambled in (False, True):
         pairs = []
@@ -195,7 +194,7 @@ def test_images_come_back_and_their_length_is_the_bound(data: Any) -> None:
     """Two-sided: the file is neither longer nor shorter than the bound by the functions of an
     evaluation; a bound that lacks a quarter of its diffusion is caught."""
     c, pixels, rows = codec(data, lanes=64), images(64 * 10), np.arange(64)
-    coders = [stacks.coder(c.start(lane)) for lane in rows]
+    coders = [bits_back.coder(c.start(lane)) for lane in rows]
     nets = []
     for number, batch in enumerate(np.split(pixels, 10)):
         before = np.array([coder.num_valid_bits() for coder in coders])

@@ -22,8 +22,8 @@ FOLDER = "reference"
 # Functions and classes that other files of the package need, and users do not.
 INTERNAL = {
     "sbml.core.bits": "check_pixels, check_dequantized",
+    "sbml.codec.bits_back": "coder, installed",
     "sbml.codec.file": "as_integers, packed",
-    "sbml.codec.stack": "coder, installed",
     "sbml.core.compiler": "version, needs_cure, knows, with_flags",
     "sbml.data": "source_of",
     "sbml.data.image_folder": "printable",

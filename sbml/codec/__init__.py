@@ -4,8 +4,8 @@
     content = compress(codec, pixels)           bytes: the length of the bound, plus initial bits
     pixels = decompress(codec, content)         the same images, to the last bit
 
-``codec.chain`` has the mathematics, ``codec.stack`` the coder of integers, ``codec.bits_back`` how
-images are coded with both, and ``codec.file`` the format of the file.
+``codec.chain`` has the mathematics, ``codec.bits_back`` the coding of images in a stack of bits,
+and ``codec.file`` the format of the file.
 
 May import: core, likelihood, sdes.
 """

@@ -1,6 +1,6 @@
 """Bits-back coding of images in the chain of a model (``codec.chain``).
 
-To encode an image x, with a stack of bits (``codec.stack``):
+To encode an image x, with a stack of bits:
 
     pop z_0 by q(z_0 | x)                    push x by p(x | z_0)
     pop z_i by q(z_i | z_{i-1})              push z_{i-1} by p(z_{i-1} | z_i)         i = 1 .. N
@@ -10,6 +10,13 @@ The decoder does the opposite of each, in reverse order, and so gives back the b
 popped. The stack becomes longer by the bound of the image in N steps, on average, plus the noise of
 this path. z_i lies on a grid, whose width is half of the smaller of the two standard deviations
 with which z_i is popped and pushed. The width cancels between them.
+
+*The stack.* A push of an integer k of probability P(k) makes the stack longer by -log2 P(k) bits,
+and a pop, which decodes the integer that was pushed last, makes it shorter by as much. A pop from
+random bits is a draw from P. The coder is that of ``constriction`` (asymmetric numeral systems),
+with probabilities that are multiples of 2^-24. The normal distribution N(m, s^2), in units of the
+grid's width, gives the integer k the mass of N(m, s^2 - 1/12) in [k - 1/2, k + 1/2], so that k has
+the variance s^2.
 
 *Integers.* A model of bin centres codes z_0 around the centre c_k, and p(k | z_0) by its decoder. A
 model of data in the whole bins codes the point x in the bin of k too. A bin has M cells, of at most
@@ -31,34 +38,137 @@ knows, are first added to the bits that a pop uses.
 compiled function with batches of one size, and the coefficients of the chain are in float64.
 
 References: Townsend, Bird, Barber, "Practical lossless compression with latent variables using bits
-back coding", 2019; Kingma et al., "Variational Diffusion Models", 2021, appendix.
+back coding", 2019; Kingma et al., "Variational Diffusion Models", 2021, appendix; Duda, "Asymmetric
+numeral systems", 2013; Bamler, "Understanding entropy coding with asymmetric numeral systems",
+2022.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
+import importlib.util
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sbml.codec.chain import Chain
-from sbml.codec.stack import PRECISION, Categorical, Coder, Normal, coder, uniform
 from sbml.core.types import Array, Batch, Score, batch_score, optional
 from sbml.likelihood import discrete
 
 CENTRE: Final = "centre"
 UNIFORM: Final = "uniform"  # where the data of a model lie in their bins
 WIDTH = 0.5  # of a grid, in standard deviations of the narrower distribution
+PRECISION = 24  # bits of a probability
+REACH = 12.0  # integers up to this many standard deviations from the mean have codes of their own
+FAR = 2**22  # number of integers beyond these, on each side, that can be coded
+
 NORMAL_BITS = math.log2(math.sqrt(2 * math.pi * math.e))  # the entropy of N(0, 1)
 
 
 class CodedFileError(ValueError):
     """A file that is no coded file, is damaged, or was made by another model or machine."""
+
+
+# A coder of ``constriction``, which has no types. Its ``decode`` pops integers, ``encode_reverse``
+# pushes integers, int32, so that ``decode`` gives them in this order, and ``get_compressed`` gives
+# the words. Both take a model, or a family of models with its parameters.
+Coder = Any
+
+
+def coder(words: np.ndarray) -> Coder:
+    """A coder of ``constriction`` with the bits ``words (n,)``, uint32, of which the last is not
+    0."""
+    return constriction().stack.AnsCoder(np.ascontiguousarray(words, np.uint32))
+
+
+def installed() -> bool:
+    """Whether ``constriction`` is installed."""
+    return importlib.util.find_spec("constriction") is not None
+
+
+def constriction() -> Any:
+    """The module ``constriction.stream``; a ValueError says that it is not installed."""
+    try:
+        from constriction import stream
+    except ImportError:
+        raise ValueError("the codec needs constriction: pip install 'sbml[codec]'") from None
+    return stream
+
+
+@functools.lru_cache(maxsize=4096)
+def _normals(reach: int) -> object:
+    return constriction().model.QuantizedGaussian(-reach, reach)
+
+
+@functools.cache
+def uniform(size: int) -> object:
+    """The model of 0 .. size - 1 with equal probabilities."""
+    return constriction().model.Uniform(size)
+
+
+class Normal:
+    """N(m, s^2) on integers, with s = ``std`` of at least 1, and a mean m for each integer.
+
+    Integers farther than ``REACH`` standard deviations have no code, unless ``open`` is True. Such
+    integers then have codes of about 24 + 22 bits: the code of an image that the model finds
+    impossible becomes long, but it exists. A distribution that is popped by the encoder must not be
+    open, because a pop from random bits would find such an integer about once in 2^24 times.
+    """
+
+    def __init__(self, std: float, *, open: bool) -> None:
+        self.std, self.open = math.sqrt(std**2 - 1 / 12), open
+        self.reach = math.ceil(REACH * std)
+        self.family = _normals(self.reach + open)
+
+    def _split(self, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The nearest integers to ``mean (d,)``, the rest, and the standard deviations."""
+        nearest = np.rint(mean)
+        return nearest.astype(np.int64), mean - nearest, np.full(mean.shape, self.std)
+
+    def pop(self, stack: Coder, mean: np.ndarray) -> np.ndarray:
+        """int64 ``(d,)`` for the means ``mean (d,)``."""
+        nearest, *parameters = self._split(mean)
+        offsets = stack.decode(self.family, *parameters).astype(np.int64)
+        if self.open and np.any(far := np.abs(offsets) > self.reach):
+            more = stack.decode(uniform(FAR), int(far.sum())).astype(np.int64)
+            offsets[far] += np.sign(offsets[far]) * more
+        return nearest + offsets
+
+    def push(self, stack: Coder, values: np.ndarray, mean: np.ndarray) -> None:
+        """Encode ``values (d,)``, int64."""
+        nearest, *parameters = self._split(mean)
+        offsets = values - nearest
+        if self.open and np.any(far := np.abs(offsets) > self.reach):
+            more = np.abs(offsets[far]) - self.reach - 1
+            if np.any(more >= FAR):
+                raise ValueError(
+                    f"a value is {more.max():.3g} grid widths from the model's mean: the network "
+                    "is not finite, or the image is not of its kind"
+                )
+            stack.encode_reverse(more.astype(np.int32), uniform(FAR))
+            offsets = np.clip(offsets, -self.reach - 1, self.reach + 1)
+        stack.encode_reverse(offsets.astype(np.int32), self.family, *parameters)
+
+
+class Categorical:
+    """Integers by their probabilities ``p (d, L)``."""
+
+    def __init__(self) -> None:
+        self.family = constriction().model.Categorical(perfect=False)
+
+    def pop(self, stack: Coder, p: np.ndarray) -> np.ndarray:
+        """int64 ``(d,)``, one for each row of ``p``."""
+        return stack.decode(self.family, p).astype(np.int64)
+
+    def push(self, stack: Coder, values: np.ndarray, p: np.ndarray) -> None:
+        """Encode ``values (d,)``, int64."""
+        stack.encode_reverse(values.astype(np.int32), self.family, p)
 
 
 @dataclasses.dataclass(frozen=True)

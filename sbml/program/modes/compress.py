@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from sbml.codec import CodedFileError, bits_back, file, stack
+from sbml.codec import CodedFileError, bits_back, file
 from sbml.core.progress import Bar
 from sbml.program.config.build import Experiment
 from sbml.program.config.trained import Trained
@@ -22,7 +22,7 @@ def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> No
     """Check that the model has no classes, the coder is installed, and there is one process, which
     works on the stacks of all lanes."""
     experiment.refuse_classes("compress")
-    stack.constriction()
+    bits_back.constriction()
     if jax.process_count() > 1:
         raise ValueError("a codec works in one process: leave out --coordinator")
 

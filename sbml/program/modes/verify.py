@@ -24,7 +24,7 @@ from sbml.audit.mistakes import MISTAKES
 from sbml.audit.ours import OURS
 from sbml.audit.suite import FAIL, WORLDS, Estimator, Report, audit
 from sbml.audit.table import Row
-from sbml.codec import stack
+from sbml.codec import bits_back
 from sbml.core import compiler
 from sbml.core.progress import over
 from sbml.core.types import T
@@ -141,7 +141,7 @@ def run() -> None:
         bad += [] if caught else [r]
         print(row(r, reason(r) if caught else "NOT CAUGHT"))
     print(f"\n{table(rows)}")
-    if not stack.installed():
+    if not bits_back.installed():
         print("no coded image was compared: pip install 'sbml[codec]'")
     for r in bad:
         print(f"\n{r}")

@@ -25,7 +25,7 @@ from scipy import special, stats
 from sbml import Density, losses
 from sbml.audit import oracle
 from sbml.audit.table import EPS, Row, row
-from sbml.codec import Chain, Codec, bits_back, stack
+from sbml.codec import Chain, Codec, bits_back
 from sbml.core.scalars import Number
 from sbml.core.types import Array, Key
 from sbml.data import Options, load
@@ -419,7 +419,7 @@ def codec_rows(name: str) -> Iterator[Row]:
 
     A formula of the bound may lack a term, but a file that lacked these bits could not be
     decoded."""
-    if not stack.installed():
+    if not bits_back.installed():
         return
     sde, (levels, lanes, rounds) = SDES["ve"](), (16, 128, 4)
     data = oracle.diagonal(sde, 4)
@@ -427,7 +427,7 @@ def codec_rows(name: str) -> Iterator[Row]:
     pixels = np.clip((x + 1) * levels / 2, 0, levels - 1).astype(np.uint8)
     chain = Chain(sde, 1e-2, 24, (0.9, 0.5, 0.1, 0.01))
     codec = Codec(data.score, chain, (12,), levels, "uniform", lanes)
-    coders, nets = [stack.coder(codec.start(lane)) for lane in range(lanes)], []
+    coders, nets = [bits_back.coder(codec.start(lane)) for lane in range(lanes)], []
     for number, batch in enumerate(np.split(pixels, rounds)):
         before = np.array([coder.num_valid_bits() for coder in coders])
         codec.encode(bits_back.Lanes(coders, np.arange(lanes)), batch, number)

@@ -102,7 +102,7 @@ def test_noise_of_an_ode_cell_is_measured_by_a_second_draw_of_a_subset(trained, 
     assert result.this_set.stderr == pytest.approx(np.sqrt(variance / 40), rel=1e-5)
     half = half_width(*repeated_stderr(one, other, 40))
     shown = run.row
-    assert shown["this_set_ci95"] == result.this_set_ci95 == pytest.approx(half, rel=1e-5)
+    assert shown["this_set_ci95"] == result.this_set.ci95 == pytest.approx(half, rel=1e-5)
     expected = stats.t.interval(0.95, 39, result.mean, stats.sem(result.values))
     np.testing.assert_allclose(shown["interval"], expected, rtol=1e-6)
     assert shown["stderr"] == pytest.approx(stats.sem(result.values))
@@ -262,7 +262,7 @@ def test_target_se_sweeps_until_it_is_reached(trained, tmp_path):
     means = [numbers(first, np.arange(360), r).mean() for r in range(more.sweeps)]
     assert more.this_set.stderr == pytest.approx(stats.sem(means))
     half = stats.t.ppf(0.975, len(means) - 1) * stats.sem(means)
-    assert more.this_set_ci95 == pytest.approx(half)
+    assert more.this_set.ci95 == pytest.approx(half)
     assert more.values.mean() == pytest.approx(np.mean(means))
     bound = {"sweeps": 3, "max_sweeps": 4, "target_se": 1e-9}
     short = cell_run(trained, tmp_path, BOUND, bound=bound)

@@ -19,7 +19,7 @@ from sbml.core.files import read_json, read_npz
 from sbml.program.config import build
 from sbml.program.evaluation import coding
 from sbml.program.modes import compress, decompress, report, train
-from sbml.program.report import summary
+from sbml.program.report.stored import Stored
 from sbml.program.runtime.preemption import Preemption
 from sbml.program.runtime.workdir import CODEC, IMAGES, RESTORED, Workdir
 
@@ -72,7 +72,7 @@ def test_the_report_says_what_was_restored(coded: Path) -> None:
     page = (coded / "report.html").read_text()
     disk = read_json(coded / CODEC, "")["disk"]
     assert f"Compressed and restored: 20 of 20 images, {disk:.4f} bits/dim on disk." in page
-    assert summary.made_of(Workdir(coded), CODEC, {"parameters_crc32": 1}) is None
+    assert Stored(Workdir(coded)).codec({"parameters_crc32": 1}) is None
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def test_log_likelihoods_are_those_of_the_closed_form(name: str) -> None:
     )
     assert_sum_of_terms(estimate)
     assert estimate.converged and estimate.unit == "nats" and (estimate.nfe > 10).all()
-    assert estimate.this_set_ci95 < 1e-9  # An exact trace draws nothing.
+    assert estimate.this_set.ci95 < 1e-9  # An exact trace draws nothing.
     assert estimate.mean == estimate.population.mean == pytest.approx(estimate.values.mean())
 
 
@@ -73,7 +73,7 @@ def test_the_batch_size_changes_nothing_and_the_seed_changes_the_probes() -> Non
     one, other = (density(batch_size=size, **options).logp(x) for size in (3, 7))
     np.testing.assert_allclose(one.values, other.values, rtol=1e-12)
     assert np.all(density(seed=1, batch_size=7, **options).logp(x).values != other.values)
-    assert one.this_set_ci95 == pytest.approx(other.this_set_ci95) and one.this_set_ci95 > 0
+    assert one.this_set.ci95 == pytest.approx(other.this_set.ci95) and one.this_set.ci95 > 0
 
 
 @pytest.mark.slow
@@ -138,19 +138,19 @@ def test_bits_per_dim_are_of_the_integers() -> None:
     logp = jax.vmap(jax.vmap(lambda x: gaussian().logp(x, jnp.asarray(EPS))))(jnp.asarray(x))
     expected = (-logp.mean(axis=0) + 4 * math.log(levels / 2)) / (4 * math.log(2))
     # Density draws one u for each example: its error bar limits the difference of the means.
-    assert abs(estimate.population.mean - expected.mean()) < 2 * estimate.this_set_ci95 + 0.01
-    assert 0.01 < estimate.this_set_ci95 < 0.5 and estimate.unit == "bits/dim"
+    assert abs(estimate.population.mean - expected.mean()) < 2 * estimate.this_set.ci95 + 0.01
+    assert 0.01 < estimate.this_set.ci95 < 0.5 and estimate.unit == "bits/dim"
     assert set(estimate.terms) >= {"prior", "divergence", "dequantization", "scale"}
     low, high = estimate.population.bounds
     interval = f"95% interval [{low:.4f}, {high:.4f}]"
-    own = f"for these examples +-{estimate.this_set_ci95:.4f}, n=12"
+    own = f"for these examples +-{estimate.this_set.ci95:.4f}, n=12"
     assert f"bits/dim by uniform dequantization at t=0.001, {interval}, {own}" in str(estimate)
     bound = d.bound(k, sweeps=128)
-    assert abs(bound.population.mean - expected.mean()) < 2 * bound.this_set_ci95 + 0.01 < 0.3
+    assert abs(bound.population.mean - expected.mean()) < 2 * bound.this_set.ci95 + 0.01 < 0.3
     assert "bits/dim by uniform dequantization" in str(bound) and bound.sweeps == 128
     np.testing.assert_allclose(bound.values, sum(bound.terms.values()), rtol=1e-12)
     assert estimate.eps == (-estimate).eps == EPS
-    assert estimate.population.ci95 != pytest.approx(estimate.this_set_ci95, rel=1e-3)
+    assert estimate.population.ci95 != pytest.approx(estimate.this_set.ci95, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -146,11 +146,11 @@ def test_the_draws_have_at_most_the_interval_that_contains_them() -> None:
         noise = 0.3 * rng.normal(size=(2, 30))
         draws = rng.normal(size=30) + noise
         found, own = made_up.bound(draws), 12.706 * np.std(draws.mean(axis=1), ddof=1) / 2**0.5
-        assert found.this_set_ci95 == pytest.approx(min(own, found.population.ci95), rel=1e-4)
+        assert found.this_set.ci95 == pytest.approx(min(own, found.population.ci95), rel=1e-4)
         wide += own > found.population.ci95
-        missed += abs(noise.mean()) > found.this_set_ci95
+        missed += abs(noise.mean()) > found.this_set.ci95
     assert wide > 25 and missed < 0.1 * 200, (wide, missed)
-    assert made_up.bound(draws[:1]).this_set_ci95 == math.inf  # One sweep does not show them.
+    assert made_up.bound(draws[:1]).this_set.ci95 == math.inf  # One sweep does not show them.
 
 
 def test_the_reference_may_take_as_many_steps_as_the_solver() -> None:

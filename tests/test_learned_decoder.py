@@ -87,7 +87,7 @@ def test_the_bound_of_integers_in_python_is_that_of_the_evaluation(evaluated):
     shape, levels, score = experiment.shape, experiment.levels, experiment.adapter(params)
     found = sbml.Density(score, experiment.sde, shape, levels, eps).bound(images, sweeps=SWEEPS)
     expected = columns["bound_learned_bits_per_dim"].mean()
-    assert abs(found.mean - expected) < 2 * found.this_set_ci95 < 0.1 * expected
+    assert abs(found.mean - expected) < 2 * found.this_set.ci95 < 0.1 * expected
     assert "by its decoder" in str(found)
 
 

@@ -22,6 +22,7 @@ from sbml.core.files import json_line
 from sbml.program.modes import report
 from sbml.program.report import summary
 from sbml.program.report.pictures import png
+from sbml.program.report.stored import Stored
 from sbml.program.runtime import history, lock, metrics
 from sbml.program.runtime.lock import BusyError
 from sbml.program.runtime.trees import table_crc32
@@ -296,7 +297,7 @@ def test_a_report_that_cannot_be_made_stays_as_it_is(
         bits = columns["ode_uniform_bits_per_dim"]
         workdir.write(PER_IMAGE, {**columns, "ode_uniform_bits_per_dim": bits + 1e-9})
         with pytest.raises(ValueError, match="a later evaluation was interrupted.*--mode=eval"):
-            summary.table_of(workdir, workdir.read(EVALUATION))
+            Stored(workdir).table()
     assert not summary.write(workdir, load)
     assert "the report stays as it is" in caplog.text
 

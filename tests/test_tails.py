@@ -64,7 +64,7 @@ def test_intervals_that_miss_the_mean_are_marked_and_others_are_not():
     truth = np.mean([e.mean for e in good])
 
     def covered(found):
-        return np.mean([abs(e.mean - truth) < e.this_set_ci95 for e in found])
+        return np.mean([abs(e.mean - truth) < e.this_set.ci95 for e in found])
 
     assert covered(good) > 0.85 and not any(e.heavy_tailed for e in good)
     assert not any("HEAVY" in str(e) for e in good)

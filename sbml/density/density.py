@@ -455,13 +455,7 @@ class Density(Distribution):
 
     @checked
     def gap(
-        self,
-        key: Key,
-        n: Count,
-        condition: Any = None,
-        *,
-        sampler: Chain,
-        max_dims: Count = 100,
+        self, key: Key, n: Count, condition: Any = None, *, sampler: Chain, max_dims: Count = 100
     ) -> Estimate:
         """KL(p_N || p) in nats: how far the density p_N of a ``sampler`` with few steps is from
         that of the ODE.

@@ -72,11 +72,6 @@ class Estimate:
         return self.population.mean
 
     @property
-    def this_set_ci95(self) -> float:
-        """The half-width of the 95% interval for this set of examples."""
-        return self.this_set.ci95
-
-    @property
     def converged(self) -> bool:
         """Whether all numbers of an ODE are finite and its solver's error is :func:`within` the
         budget; True for a bound, and False if the error was not measured."""

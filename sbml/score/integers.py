@@ -244,10 +244,7 @@ def bin_moments(centre: Real, y: Real, rho: Real, levels: int, data: str) -> tup
     log_mass, mean = _narrow(middle, jnp.where(narrow, width, NARROW))
     half = jnp.where(narrow, NARROW, width) / 2
     wide_mass, wide_mean = _between(middle - half, middle + half)
-    return (
-        jnp.where(narrow, log_mass, wide_mass),
-        y + rho * jnp.where(narrow, mean, wide_mean),
-    )
+    return (jnp.where(narrow, log_mass, wide_mass), y + rho * jnp.where(narrow, mean, wide_mean))
 
 
 def _log_phi(z: Array) -> Array:

@@ -36,12 +36,7 @@ PerDraw = Float[Array, "k"]
 class Estimator(base.Estimator):
     """The likelihood of the probability-flow ODE; ``num_importance`` > 1 needs the exact trace."""
 
-    terms: ClassVar[tuple[str, ...]] = (
-        *likelihood.TERMS,
-        "dequantization",
-        "importance",
-        "scale",
-    )
+    terms: ClassVar[tuple[str, ...]] = (*likelihood.TERMS, "dequantization", "importance", "scale")
     is_bound: ClassVar[bool] = False
 
     trace: Trace = Trace()

@@ -6,15 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from sbml import data
 from sbml.core import registry
 from sbml.data import CROPS, ImageSet, Options
-from sbml.program.config.fields import (
-    Chosen,
-    PositiveSize,
-    Seed,
-    among,
-    errors_of,
-    field,
-    refusal,
-)
+from sbml.program.config.fields import Chosen, PositiveSize, Seed, among, errors_of, field, refusal
 
 DEQUANTIZATIONS = ("uniform", "centre", "none")
 PATHS = ("path", "cache_dir", "manual_dir")

@@ -41,10 +41,7 @@ class Ode(Solving):
         "K > 1; 0: all",
     )
     solver_budget: float = field(
-        1e-3,
-        "largest solver error in bits/dim; a number with a larger error is marked",
-        ge=0,
-        le=1,
+        1e-3, "largest solver error in bits/dim; a number with a larger error is marked", ge=0, le=1
     )
 
     def divergence(self, num_importance: int = 1) -> Trace:

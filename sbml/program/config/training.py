@@ -12,15 +12,7 @@ from sbml.core.streams import Name
 from sbml.data import imagenet32
 from sbml.likelihood import discrete
 from sbml.program.config.data import Data
-from sbml.program.config.fields import (
-    Natural,
-    Positive,
-    Section,
-    among,
-    errors_of,
-    field,
-    refusal,
-)
+from sbml.program.config.fields import Natural, Positive, Section, among, errors_of, field, refusal
 from sbml.sdes import SDE, Kernel, times
 from sbml.sdes.times import DRAWS, PROPOSALS, Grid, Proposal
 
@@ -54,8 +46,7 @@ class Loop(Section):
         "needs less memory, but all parameters are gathered once more in a step",
     )
     log_every: Positive = field(
-        100,
-        "number of steps between rows of metrics.jsonl; each checkpoint also writes a row",
+        100, "number of steps between rows of metrics.jsonl; each checkpoint also writes a row"
     )
     checkpoint_every: Positive = field(5_000, "number of steps between checkpoints")
     keep_last: Positive = field(2, "number of newest checkpoints that are kept")

@@ -16,10 +16,7 @@ from sbml.program.runtime.workdir import Workdir
 
 
 def load(
-    folder: epath.PathLike,
-    *,
-    trust: Iterable[str] = (),
-    config: str | ConfigDict | None = None,
+    folder: epath.PathLike, *, trust: Iterable[str] = (), config: str | ConfigDict | None = None
 ) -> Density:
     """The density of the trained model in ``folder``, of its newest checkpoint.
 

@@ -111,9 +111,7 @@ class Evaluation:
         stored = self.once("pilot", _pilot, of_bound, self.images, labels, control, bins or 32)
         times = stored.pop("density")
         return Reduction(
-            control and dataclasses.replace(control, **stored),
-            times if bins else None,
-            name,
+            control and dataclasses.replace(control, **stored), times if bins else None, name
         )
 
     def measurement(

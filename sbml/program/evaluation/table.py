@@ -45,10 +45,7 @@ def columns(of: Evaluation, runs: Sequence[Run]) -> dict[str, Columns]:
 
 
 def evaluation(
-    of: Evaluation,
-    runs: Sequence[Run],
-    tables: Mapping[str, Columns],
-    warnings: Sequence[str],
+    of: Evaluation, runs: Sequence[Run], tables: Mapping[str, Columns], warnings: Sequence[str]
 ) -> dict[str, Any]:
     """The content of ``evaluation.json``: results, baselines, warnings, and what they depend on."""
     trained, train, experiment = of.trained, of.train, of.experiment
@@ -78,15 +75,9 @@ def evaluation(
         **({"baselines_left_out": left_out} if left_out else {}),
         "warnings": [*warnings],
         "remark": remark(of),
-        "model": {
-            "name": experiment.config.model.name,
-            "parameters": experiment.parameter_count(),
-        },
+        "model": {"name": experiment.config.model.name, "parameters": experiment.parameter_count()},
         **({"classes": classes} if classes else {}),
-        "checkpoint": {
-            "step": restored.step,
-            "parameters_crc32": trained.parameters_crc32,
-        },
+        "checkpoint": {"step": restored.step, "parameters_crc32": trained.parameters_crc32},
         "data": {"train": train.fingerprint, split: of.images.fingerprint},
         "config": {**asked, **sections, "data": {**asked["data"], **data}},
         "tables": {name: table_crc32(each) for name, each in tables.items()},

@@ -188,11 +188,7 @@ def fit(experiment: Experiment, workdir: Workdir, learner: Learner) -> None:
 
         # What a step needs: its compiled update, its key, and its batch.
         update = sharding.compiled_step(
-            learner.update,
-            mesh,
-            state,
-            steps_per_dispatch=stride,
-            shard_state=section.shard_state,
+            learner.update, mesh, state, steps_per_dispatch=stride, shard_state=section.shard_state
         )
         key = jax.jit(lambda: stream(jax.random.key(seed), section.name), out_shardings=whole)()
         frozen = jax.device_put(learner.frozen, whole)

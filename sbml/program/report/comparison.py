@@ -18,8 +18,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from sbml.core.types import Json
-from sbml.program.report import page, plots, result, summary
+from sbml.program.report import page, plots, result
 from sbml.program.report.pictures import few
+from sbml.program.report.stored import Stored
 from sbml.program.runtime import metrics
 from sbml.program.runtime.workdir import EVALUATION, Workdir
 from sbml.statistics.intervals import Interval, mean_interval
@@ -54,18 +55,18 @@ class Run:
     @classmethod
     def read(cls, workdir: Workdir, name: str = "") -> "Run":
         """The run of ``workdir``, with the name of its folder if ``name`` is empty."""
-        evaluation = workdir.read(EVALUATION)
+        stored, evaluation = Stored(workdir), workdir.read(EVALUATION)
         results = {result.cell(r).title: r for r in result.read(evaluation["results"])}
-        shared = summary.table_of(workdir, evaluation)
+        shared = stored.table()
         bits = {}
         for number, row in results.items():
             cell = result.cell(row).name
             column, own = f"{cell}_bits_per_dim", f"per_image_{cell}.npz"
-            table = shared if column in shared else summary.table_of(workdir, evaluation, own)
+            table = shared if column in shared else stored.table(own)
             bits[number] = table["id"], table[column]
         step = evaluation["checkpoint"]["step"]
         curves = [point for point in metrics.read(workdir) if point["step"] <= step]
-        drawn, quality = summary.samples_of(workdir, evaluation["checkpoint"])
+        drawn, quality = stored.samples(evaluation["checkpoint"])
         return cls(
             name or workdir.name,
             evaluation,

@@ -87,6 +87,10 @@ def write(
     """
     report: Json = strict(content)
     results = report["results"]
+    classifier = {
+        name: intervals.cell(Interval(**value) if isinstance(value, dict) else value, "± ")
+        for name, value in read(report.get("classifier", {})).items()
+    }
     losses = training(curves), validation(curves), levels_figure(report)
     shown: dict[str, Any] = dict.fromkeys(["results", "beside", "samples"])
     warnings = [*report.get("warnings", [])]
@@ -115,10 +119,6 @@ def write(
         if name not in SHOWN_ELSEWHERE:
             heading = DETAILS.get(name, name.replace("_", " ").capitalize())
             details[heading] = flat(value if value and isinstance(value, dict) else {name: value})
-    classifier = {
-        name: intervals.cell(Interval(**value) if isinstance(value, dict) else value, "± ")
-        for name, value in read(report.get("classifier", {})).items()
-    }
     html = render(
         "report.html",
         report=report,

@@ -263,10 +263,7 @@ def validation(
 
 
 def levels(
-    axes: Axes,
-    edges: np.ndarray,
-    curves: Mapping[str, np.ndarray],
-    bars: Mapping[str, np.ndarray],
+    axes: Axes, edges: np.ndarray, curves: Mapping[str, np.ndarray], bars: Mapping[str, np.ndarray]
 ) -> None:
     """Curves by name, ``(bins,)`` each, that are constant in the bins between ``edges (bins + 1,)``
     of the log-SNR; ``bars`` has the half-widths of the bands around them."""

@@ -14,7 +14,6 @@ the evaluation is of other images than those of the config, nothing is written.
 
 import itertools
 import shlex
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,17 +24,9 @@ from sbml.core.files import read_png
 from sbml.core.types import Json
 from sbml.data import ImageSet
 from sbml.program.report import page, result
+from sbml.program.report.stored import OtherEvaluation, Stored
 from sbml.program.runtime import history, metrics
-from sbml.program.runtime.trees import table_crc32, tree_crc32
-from sbml.program.runtime.workdir import (
-    CODEC,
-    EVALUATION,
-    NEIGHBOURS,
-    PER_IMAGE,
-    QUALITY,
-    SAMPLES,
-    Workdir,
-)
+from sbml.program.runtime.workdir import EVALUATION, Workdir
 from sbml.statistics.intervals import difference
 
 Rows = Sequence[Mapping[str, Any]]  # of a file of metrics
@@ -61,12 +52,13 @@ def write(
     Returns:
       Whether the report was written.
     """
-    stored: dict[str, Any] = {"title": workdir.name, "results": [], "warnings": []}
-    table, images = None, None
-    if workdir.has(EVALUATION):
-        stored = workdir.read(EVALUATION)
-        split = stored["results"][0]["split"]
-        evaluated = stored["data"].get(split)
+    stored = Stored(workdir)
+    curves = metrics.read(workdir) if curves is None else curves
+    past = metrics.read(workdir, history.FILE)
+    evaluation, table, images = stored.evaluation, None, None
+    if evaluation:
+        split = evaluation["results"][0]["split"]
+        evaluated = evaluation["data"].get(split)
         try:
             images = load(split)
             if images.fingerprint != evaluated:
@@ -75,14 +67,15 @@ def write(
             logging.warning("the images of %s: %s: the report stays as it is", EVALUATION, error)
             return False
         try:
-            table = table_of(workdir, stored)
+            table = stored.table()
         except OtherEvaluation as error:
             logging.warning("%s: the report stays as it is", error)
             return False
     elif known is None:
         return False
-    content: dict[str, Any] = {**(known or {}), **stored}
-    warnings, checkpoint = [*stored["warnings"]], content.get("checkpoint", {})
+    empty = {"title": workdir.name, "results": [], "warnings": []}
+    content: dict[str, Any] = {**(known or {}), **empty, **evaluation}
+    warnings, checkpoint = [*content["warnings"]], content.get("checkpoint", {})
     newest = content.get("training", {}).get("checkpoint") or 0
     trained_further = newest > checkpoint.get("step", newest)
     if trained_further:
@@ -92,11 +85,10 @@ def write(
         )
         logging.warning("%s", warning)
         warnings.insert(0, warning)
-    coded = {name: crc32 for name, crc32 in checkpoint.items() if name != "step"}
-    if (codec := made_of(workdir, CODEC, coded)) is not None:
+    if (codec := stored.codec(checkpoint)) is not None:
         content["codec"] = codec
         warnings += codec.get("warnings", [])
-    (samples, quality), pictures = samples_of(workdir, checkpoint), []
+    (samples, quality), pictures = stored.samples(checkpoint), []
     if samples is not None:
         count, failed = len(samples["images"]), int(np.sum(samples["failed"]))
         content["samples"] = {
@@ -111,15 +103,10 @@ def write(
         if quality is not None:
             content["quality"] = quality["values"]
             warnings += [f"quality of the samples: {each}" for each in quality.get("warnings", [])]
-            png = workdir.read_png(NEIGHBOURS) if workdir.has(NEIGHBOURS) else b""
-            crc32 = zlib.crc32(png)
-            if png and quality.get("neighbours_crc32", crc32) == crc32:
+            if png := stored.neighbours(quality):
                 pictures = [(NEIGHBOURS_CAPTION, png)]
-            else:
-                about = f"{workdir / NEIGHBOURS} is not that of {QUALITY}"
-                logging.warning(f"{about}: left out; make it again (--mode=quality)")
-    elif workdir.has(SAMPLES):
-        drawn, evaluated = int(workdir.read(SAMPLES)["step"]), checkpoint["step"]
+    elif (drawn := stored.drawn_at) is not None:
+        evaluated = checkpoint["step"]
         remedy = "evaluate again (--mode=eval), or " if drawn > evaluated else ""
         remedy += "draw new samples (--mode=sample)"
         warnings.insert(
@@ -128,12 +115,10 @@ def write(
             f"{evaluated}{', of other parameters' if drawn == evaluated else ''}), and left out: "
             f"{remedy}",
         )
-    curves = metrics.read(workdir) if curves is None else curves
-    past = metrics.read(workdir, history.FILE)
     if found := provenance_of(past, content, curves):
         content["provenance"] = found
-    if stored["results"] and stored["results"][0]["split"] != "train":
-        content["gap"] = gap_of(workdir, stored)
+    if content["results"] and content["results"][0]["split"] != "train":
+        content["gap"] = gap_of(workdir, evaluation, stored.of_training)
     content["warnings"] = warnings
     if known is not None:
         # The newest picture of the training takes the place of samples.
@@ -168,30 +153,8 @@ def write(
     return True
 
 
-class OtherEvaluation(ValueError):
-    """A table of the work directory is not that of its evaluation."""
-
-
-def table_of(
-    workdir: Workdir, evaluation: Mapping[str, Any], name: str = PER_IMAGE
-) -> dict[str, Any]:
-    """The columns of the table ``name`` of ``evaluation``, which is ``evaluation.json``.
-
-    Raises:
-      OtherEvaluation: the table is of a later evaluation, which was interrupted.
-      ValueError: the file is damaged.
-    """
-    columns = workdir.read(name)
-    if evaluation.get("tables", {}).get(name) in (None, table_crc32(columns)):
-        return columns
-    raise OtherEvaluation(
-        f"{workdir / name} is not that of {EVALUATION}, because a later evaluation was interrupted "
-        f"while it wrote its files: evaluate again (--workdir={workdir} --mode=eval)"
-    )
-
-
-def gap_of(workdir: Workdir, evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """The results of held-out images minus those of training images.
+def gap_of(workdir: Workdir, evaluation: Json, of_training: Json) -> Json:
+    """The results of an ``evaluation`` of held-out images minus those of training images.
 
     The ``rows`` are empty if there is no evaluation of training images by the same checkpoint, from
     the same smallest time; the ``command`` makes one. ``diffusion`` is the difference of this term
@@ -214,15 +177,13 @@ def gap_of(workdir: Workdir, evaluation: Mapping[str, Any]) -> dict[str, Any]:
         held, train = (page.area(edges, curve) for curve in curves[:2])
         half = 1.96 * float(np.linalg.norm(np.diff(edges) * np.stack(curves[2:])))
         found["diffusion"] = {"held_out": held, "train": train, "gap": held - train, "ci95": half}
-    folder = Workdir(workdir / "train")
-    if not folder.has(EVALUATION):
+    if not of_training:
         return found
-    other = folder.read(EVALUATION)
-    if other["checkpoint"] != evaluation["checkpoint"]:
-        logging.warning("%s is of another checkpoint: left out", folder / EVALUATION)
+    if of_training["checkpoint"] != evaluation["checkpoint"]:
+        logging.warning("%s/train/%s is of another checkpoint: left out", workdir, EVALUATION)
         return found
     same_as = (*result.KIND, "smallest_time")
-    trained = {tuple(r[name] for name in same_as): r for r in result.read(other["results"])}
+    trained = {tuple(r[name] for name in same_as): r for r in result.read(of_training["results"])}
     for own in result.read(evaluation["results"]):
         if (same := trained.get(tuple(own[name] for name in same_as))) is not None:
             gap = difference(result.population(own), result.population(same))
@@ -270,30 +231,3 @@ def _sums(rows: Rows) -> dict[str, str]:
         "duration": page.duration(seconds),
         "cost": ", ".join(f"{value:.2g} {name}" for name, value in cost.items() if value),
     }
-
-
-def made_of(
-    workdir: Workdir, name: str, origin: Mapping[str, int], what: str = "another checkpoint"
-) -> dict[str, Any] | None:
-    """The content of the file ``name``. None if there is no such file or, with a warning, if it is
-    of ``what``: its values differ from those in ``origin``, such as the step and the CRC-32 of the
-    parameters, which is empty if any checkpoint will do."""
-    if not workdir.has(name):
-        return None
-    found = workdir.read(name)
-    if any(int(found.get(key, -1)) != value for key, value in origin.items()):
-        step = f", of step {int(found['step'])}," if "step" in found else ""
-        logging.warning("%s%s is of %s: left out", workdir / name, step, what)
-        return None
-    return found
-
-
-def samples_of(
-    workdir: Workdir, checkpoint: Mapping[str, int]
-) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The arrays of ``samples.npz`` of a ``checkpoint``, as for :func:`made_of`, and the content of
-    ``quality.json`` of these samples; None for a file that is missing."""
-    if (samples := made_of(workdir, SAMPLES, checkpoint)) is None:
-        return None, None
-    drawn = {"images_crc32": tree_crc32(samples["images"])}
-    return samples, made_of(workdir, QUALITY, drawn, "other samples")

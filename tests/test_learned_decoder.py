@@ -92,6 +92,31 @@ def test_the_bound_of_integers_in_python_is_that_of_the_evaluation(evaluated):
 
 
 @pytest.mark.slow
+def test_bits_per_dim_of_a_model_of_bin_centres_has_truncated_normal_noise() -> None:
+    """An untrained network gives all levels the same probability, so p_eps of a pixel is a mixture
+    of normals around the bin centres. The integral over the noise in a bin is SciPy's."""
+    settings = config()
+    settings.eval.tau = 3.0
+    experiment = build.Experiment(settings)
+    sde, eps = experiment.sde, experiment.discrete_eps
+    rho = float(sde.std(jnp.asarray(eps)) / sde.mean_coef(jnp.asarray(eps)))
+    centres = (2 * np.arange(LEVELS) + 1) / LEVELS - 1
+
+    def nats(k: int) -> float:
+        q = stats.truncnorm(-1 / LEVELS / rho, 1 / LEVELS / rho, centres[k], rho)
+        return q.expect(lambda x: q.logpdf(x) - np.log(stats.norm.pdf(x, centres, rho).mean()))
+
+    images = experiment.images("test").images[:64]
+    score = experiment.exact_adapter(experiment.init_state().params)
+    found = sbml.Density(score, sde, experiment.shape, LEVELS).bits_per_dim(images)
+    expected = np.array([nats(k) for k in range(LEVELS)])[images].mean() / np.log(2)
+    assert "by truncated-normal dequantization at t=0.00297" in str(found)
+    # Noise near the edge of a bin is rare and counts much, so the mean has a heavy tail.
+    assert expected - np.log2(LEVELS) == pytest.approx(0.0014, abs=2e-4)
+    assert found.mean == pytest.approx(expected, abs=0.0016)
+
+
+@pytest.mark.slow
 def test_the_decoders_bound_differs_from_the_categorical_one_by_the_decoder(evaluated):
     """The draws are the same. The network's weights of the levels make the decoder better."""
     _, _, columns = evaluated

@@ -15,7 +15,7 @@
 number for each example and its mean with error bars (:class:`~sbml.density.estimate.Estimate`):
 
     density.logp(x)                 log p_eps(x) of continuous data in nats, by the ODE
-    density.bits_per_dim(pixels)    of integers, by the ODE with uniform dequantization
+    density.bits_per_dim(pixels)    of integers, by the ODE and a dequantization
     density.evaluate(data)          the one of these two that fits the type of the data
     density.bound(x)                the evidence bound on -log p(x) in nats, of integers in bits/dim
     density.classify(x, c)          log p(x | c) for several conditions c, and their posterior
@@ -68,8 +68,8 @@ from sbml.density.estimators import ode as ode_estimator
 from sbml.density.estimators.base import Estimator, Rows, Target, rows
 from sbml.density.measurement import Measurement
 from sbml.density.posterior import Importance, Posterior, effective_size
-from sbml.dequantizers import decoders, uniform
-from sbml.likelihood import ode
+from sbml.dequantizers import decoders, truncated_normal, uniform
+from sbml.likelihood import discrete, ode
 from sbml.likelihood.bound import GaussianControl, Reduction, pilot
 from sbml.likelihood.ode import Solver
 from sbml.samplers import Chain
@@ -77,7 +77,9 @@ from sbml.score import NetworkScore
 from sbml.score.divergence import Trace, exact_batch
 
 PILOT = 256  # examples from which the density of a bound's times is estimated
-UNIFORM, DECODER = " by uniform dequantization", " by its decoder"  # in the line of a number
+# in the line of a number
+UNIFORM, DECODER = " by uniform dequantization", " by its decoder"
+TRUNCATED_NORMAL = " by truncated-normal dequantization"
 WALK = 100  # Metropolis steps from a sample to a draw of the target of ``importance``
 
 
@@ -176,25 +178,26 @@ class Density(Distribution):
     def bits_per_dim(
         self, pixels: Any, condition: Any = None, *, check: bool = True, progress: bool = False
     ) -> Estimate:
-        """Bits/dim of integers ``pixels (n, *shape)``, by the ODE and uniform dequantization.
+        """Bits/dim of integers ``pixels (n, *shape)``, by the ODE and a dequantization.
 
         The score must belong to data x = 2 (k + u) / L - 1, where k is a pixel, L = ``levels`` and
         u is uniform in [0, 1). For an example of d dimensions
 
-            bits/dim = (-log p_eps(x) + d log(L / 2)) / (d log 2),
+            bits/dim = (-log p_eps(x) + log q(u) + d log(L / 2)) / (d log 2),
 
-        see ``sbml.bits``. The terms are those of the estimator ``ode``, see ``sbml.estimators``.
-        The other arguments are those of :meth:`logp`.
+        see ``sbml.bits``; the density q(u) of the uniform dequantization is 1. For a network of
+        sbml that was trained on bin centres, x and its smallest time are those of truncated-normal
+        noise (``sbml.dequantizers.truncated_normal``). The terms are those of the estimator
+        ``ode``, see ``sbml.estimators``. The other arguments are those of :meth:`logp`.
 
         Raises:
           ValueError: if ``pixels`` are not integers 0 .. levels - 1 of that shape, ``levels`` is
             None, or the score computes in half precision, as for ``logp``.
         """
-        k, levels = checks.integers(pixels, self.shape, self.levels)
-        target = Target(self.sde, self._eps, levels, uniform.Model())
+        k, target, by = self._integers(pixels)
         run, title = self._by_ode(k, target, condition), "bits/dim" if progress else ""
         found = dataclasses.replace(run, check=check, progress=title).estimate()
-        return dataclasses.replace(found, dequantization=UNIFORM)
+        return dataclasses.replace(found, dequantization=by)
 
     @checked
     def bound(
@@ -212,8 +215,8 @@ class Density(Distribution):
         """The evidence bound on -log p(x) of ``x (n, *shape)``, in nats; of integers, in bits/dim.
 
         The terms are ``prior``, ``diffusion`` and ``reconstruction``, see ``sbml.bound``, and
-        ``transform`` with a change of variables. Integers are dequantized uniformly, as by
-        :meth:`bits_per_dim`, or coded by the learned decoder of an integer denoiser of bin centres.
+        ``transform`` with a change of variables. Integers are dequantized uniformly, or coded by
+        the learned decoder of an integer denoiser of bin centres.
 
         Args:
           x: continuous data, or integers if there are ``levels``.
@@ -295,8 +298,7 @@ class Density(Distribution):
             (data, log_det), target = self._model_data(x), Target(self.sde, self._eps)
             nats: float = 1.0
         else:
-            data, levels = checks.integers(x, self.shape, self.levels)
-            target = Target(self.sde, self._eps, levels, uniform.Model())
+            data, target, _ = self._integers(x)
             log_det, nats = np.zeros(len(data)), self.dims * math.log(2)
         conditions = checks.as_arrays(conditions)
         count = checks.count(conditions)
@@ -534,6 +536,17 @@ class Density(Distribution):
             seed=self.seed,
             batch_size=min(size, exact_batch(self.dims)) if estimator.exact else size,
         )
+
+    def _integers(self, pixels: Any) -> tuple[np.ndarray, Target, str]:
+        """The integers ``pixels``, what the ODE estimates of them, and its dequantization."""
+        k, levels = checks.integers(pixels, self.shape, self.levels)
+        centres = isinstance(self.score, NetworkScore) and self.score.how.data == "centre"
+        eps = discrete.smallest_time(self.sde, levels, self._eps) if centres else self._eps
+        # Under noise wider than half a bin, the density of bin centres is smooth over the bins.
+        if centres and (tau := discrete.tau(self.sde, levels, eps)) > 1:
+            model = truncated_normal.Model(float(tau))
+            return k, Target(self.sde, float(eps), levels, model), TRUNCATED_NORMAL
+        return k, Target(self.sde, self._eps, levels, uniform.Model()), UNIFORM
 
     def _by_ode(self, data: Examples, target: Target, condition: Any) -> Measurement:
         # A solve with a tenth of the tolerances measures the solver's error.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -130,15 +129,7 @@ def of_run(folder: Workdir, trust: Iterable[str]) -> Density:
             experiment = Experiment(config)
         if "table" in data.source_of(config.data.source)[0].modes:
             return _of_table(experiment, folder)
-        trained = Trained.of(experiment, folder)
-        if trained.knows_centres:
-            warnings.warn(
-                f"{folder}: the model was trained on bin centres, so bits_per_dim is a loose "
-                "bound; --mode=eval with --config.eval.dequantizers=truncated_normal gives a "
-                "better one",
-                stacklevel=3,  # the call of ``sbml.load``
-            )
-        return trained.density()
+        return Trained.of(experiment, folder).density()
 
 
 def _of_table(experiment: Experiment, folder: Workdir) -> Density:

@@ -30,11 +30,6 @@ def why_none(evaluation: Evaluation) -> str:
     seen = trained.labels(train)
     if seen is None or not trained.experiment.config.eval.classifier_images:
         return ""
-    if trained.knows_centres:
-        return (
-            "no classifier: its likelihoods are of uniformly dequantized images, and the model was "
-            "trained on bin centres with less noise than half a bin"
-        )
     if absent := [name for c, name in enumerate(trained.classes) if c not in seen]:
         return (
             f"no classifier: {train.name} ({train.split}) has no image of the class "

@@ -1,6 +1,6 @@
 """Variance of the evidence bound for ways of drawing its times, at equal network calls.
 
-    python benchmarks/bound_variance.py [--config=configs/digits_vp.py] [--workdir=runs/digits_vp]
+    python benchmarks/bound_variance.py [--config=CONFIG] [--workdir=FOLDER]
 
 The model is a trained one, on its test images. Two variances over independent sweeps are printed:
 that of the diffusion term of one image, averaged over images, and that of its mean over the data
@@ -11,7 +11,6 @@ for all sweeps, so only the draws of the bound vary.
 
 import argparse
 import functools
-import runpy
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from sbml.core import bits
 from sbml.core.types import Array, Key, Score
 from sbml.likelihood import bound
 from sbml.program.config import build
+from sbml.program.config.config import load
 from sbml.program.config.trained import Trained
 from sbml.program.evaluation.cells import Evaluation
 from sbml.program.runtime import cpu
@@ -62,14 +62,14 @@ def report(values: dict[str, np.ndarray]) -> None:
 def main() -> None:
     """Print the table of ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/digits_vp.py")
-    parser.add_argument("--workdir", default="runs/digits_vp")
+    parser.add_argument("--config", default="configs/digits_vp.py:uniform")
+    parser.add_argument("--workdir", default="runs/digits_vp_uniform")
     parser.add_argument("--images", type=int, default=180)
     parser.add_argument("--draws", type=int, default=16)
     parser.add_argument("--sweeps", type=int, default=16)
     args = parser.parse_args()
 
-    config = runpy.run_path(args.config)["get_config"]()
+    config = load(args.config)
     config.eval.bound.proposal_bins = 32
     workdir = Workdir(args.workdir)
     shared = Evaluation.of_split(Trained.of(build.Experiment(config), workdir), "test")

@@ -1,8 +1,8 @@
 """Lengths of coded images against the bound and against PNG, WebP and JPEG XL, and their speed.
 
     pip install '.[codec]' zopfli imagecodecs
-    python -m sbml.main --config=configs/digits_vp.py
-    python benchmarks/codec.py measure runs/digits_vp --results=codec.jsonl
+    python -m sbml.main --config=configs/digits_vp.py:uniform
+    python benchmarks/codec.py measure runs/digits_vp_uniform --results=codec.jsonl
     python benchmarks/codec.py show codec.jsonl --picture=docs/guides/compression.svg
 
 ``measure`` codes the first test images of a trained work directory in chains of several lengths,

@@ -1,6 +1,6 @@
 """Variance of the training gradient for ways of drawing times and noises, at equal network calls.
 
-    python benchmarks/gradient_variance.py [--workdir=runs/digits_vp] [--batches=50] [--quick]
+    python benchmarks/gradient_variance.py [--workdir=FOLDER] [--batches=50] [--quick]
 
 Let g be the gradient of the mean loss over a batch of 64 network calls. Two variances, summed over
 the parameters, are estimated from two draws g, g' for each batch of images:
@@ -36,7 +36,6 @@ error of up to a factor of two.
 import argparse
 import functools
 import pathlib
-import runpy
 import sys
 from typing import Any, NamedTuple
 
@@ -48,8 +47,8 @@ from jax.flatten_util import ravel_pytree
 from sbml import losses
 from sbml.core import bits
 from sbml.core.types import Array, Key, batch_score
+from sbml.program.config import config
 from sbml.program.config.build import Experiment
-from sbml.program.config.config import default
 from sbml.program.runtime import cpu
 from sbml.sdes import times
 
@@ -250,12 +249,12 @@ def load(args: argparse.Namespace) -> tuple[Experiment, Any]:
       ValueError: as in :func:`check_training`.
     """
     if args.quick:
-        config = default("mlp")
-        config.data.update(source="digits", shape=(8, 8, 1), levels=17, flip=False)
-        config.model.update(width=32, depth=1)
-        e = Experiment(config)
+        small = config.default("mlp")
+        small.data.update(source="digits", shape=(8, 8, 1), levels=17, flip=False)
+        small.model.update(width=32, depth=1)
+        e = Experiment(small)
         return e, e.adapter.init(jax.random.key(0), e.shape)
-    e = Experiment(runpy.run_path(args.config)["get_config"]())
+    e = Experiment(config.load(args.config))
     check_training(e)
     try:
         return e, e.restore(args.workdir).state.params
@@ -268,8 +267,8 @@ def main() -> None:
     """Print the table of ratios."""
     configs = pathlib.Path(__file__).parents[1] / "configs"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default=str(configs / "digits_vp.py"))
-    parser.add_argument("--workdir", default="runs/digits_vp", help="of the trained model")
+    parser.add_argument("--config", default=f"{configs}/digits_vp.py:uniform")
+    parser.add_argument("--workdir", default="runs/digits_vp_uniform", help="of the trained model")
     parser.add_argument("--batches", type=int, default=50, help="batches, two gradients each")
     parser.add_argument("--quick", action="store_true", help="use an untrained MLP and 4 batches")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Cost and error of ODE likelihoods, compared with scipy's RK45 on the whole batch.
 
     python benchmarks/ode_settings.py gaussian
-    python benchmarks/ode_settings.py network --config=configs/digits_vp.py --workdir=runs/digits_vp
+    python benchmarks/ode_settings.py network --config=digits_vp:uniform --workdir=FOLDER
     python benchmarks/ode_settings.py network --config=configs/photos_vp.py --workdir=runs/photos_vp
 
 There are two kinds of problems. One is a Gaussian with the spectrum of 32x32 photo crops
@@ -18,7 +18,6 @@ such an evaluation costs about d times as much.
 
 import argparse
 import dataclasses
-import runpy
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -34,6 +33,7 @@ from sbml.core.types import Score
 from sbml.likelihood.ode import Solver, velocity
 from sbml.likelihood.quadrature import ONCE, PER_STEP
 from sbml.program.config import build
+from sbml.program.config.config import load
 from sbml.program.config.trained import Trained
 from sbml.program.runtime import cpu
 from sbml.program.runtime.workdir import Workdir
@@ -111,7 +111,7 @@ def gaussian(n: int) -> Problem:
 
 def network(config: str, workdir: str, n: int) -> Problem:
     """A trained network on its test images with uniform dequantization."""
-    experiment = build.Experiment(runpy.run_path(config)["get_config"]())
+    experiment = build.Experiment(load(config))
     trained = Trained.of(experiment, Workdir(workdir))
     experiment = trained.experiment
     images = experiment.images("test")
@@ -217,8 +217,8 @@ def main() -> None:
     """Print evaluations, errors and times, with ratios to those of RK45 at 1e-5."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("problem", choices=("gaussian", "network"))
-    parser.add_argument("--config", default="configs/digits_vp.py")
-    parser.add_argument("--workdir", default="runs/digits_vp")
+    parser.add_argument("--config", default="configs/digits_vp.py:uniform")
+    parser.add_argument("--workdir", default="runs/digits_vp_uniform")
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--trace", choices=("rademacher", "exact"), default="rademacher")
     parser.add_argument("--probes", type=int, default=1)

@@ -1,6 +1,6 @@
 """Noise of ODE likelihoods with k probes of the divergence, and the time that they take.
 
-    python benchmarks/probes.py --config=configs/digits_vp.py --workdir=runs/digits_vp
+    python benchmarks/probes.py --config=digits_vp:uniform --workdir=runs/digits_vp_uniform
     python benchmarks/probes.py --config=configs/photos_vp.py --workdir=runs/photos_vp --images=4
 
 The probes are drawn several times for the same images. Each row shows, for one k,
@@ -30,9 +30,9 @@ from sbml.score.divergence import Trace
 def main() -> None:
     """Print a row for each number of probes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/digits_vp.py")
+    parser.add_argument("--config", default="configs/digits_vp.py:uniform")
     parser.add_argument(
-        "--workdir", default="runs/digits_vp", help="work directory of the trained model"
+        "--workdir", default="runs/digits_vp_uniform", help="work directory of the trained model"
     )
     parser.add_argument("--images", type=int, default=32, help="number of test images")
     parser.add_argument("--draws", type=int, default=8, help="draws of the probes for each image")

@@ -1,6 +1,6 @@
 """Recipes of training, compared at equal network evaluations and at equal training time.
 
-    python benchmarks/recipes.py --config=configs/digits_vp.py --recipes=noise,centre
+    python benchmarks/recipes.py --config=configs/digits_vp.py:uniform --recipes=noise,centre
 
 A recipe changes fields of the config (``experiments.grid``). Each recipe is added to the recipe
 ``--base``, so that one factor at a time can be compared with the best recipe so far. A part of the
@@ -26,7 +26,6 @@ import argparse
 import functools
 import pathlib
 import re
-import runpy
 import shutil
 import sys
 import time
@@ -51,6 +50,7 @@ from experiments.grid import (
 )
 from sbml import data
 from sbml.program.config import build, compatibility, objective
+from sbml.program.config.config import load
 from sbml.program.config.trained import Trained
 from sbml.program.evaluation.cells import Evaluation
 from sbml.program.modes import train
@@ -216,7 +216,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         raise ValueError(f"--steps={args.steps} --start={args.start}: give at least 1 and 0 steps")
 
     def base(steps: int) -> ConfigDict:
-        config = runpy.run_path(args.config)["get_config"]()
+        config = load(args.config)
         config.data.update(validation=args.validation, manual_dir=args.manual_dir)
         config.training.update(sample_every=0, keep_last=1, keep_every=0)
         config.eval.update(split=data.VALIDATION, max_images=args.images)
@@ -255,7 +255,7 @@ def main() -> None:
     """Train, evaluate and compare; print a table for each budget."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options: dict[str, tuple[Any, str]] = {
-        "config": ("configs/digits_vp.py", "a file with get_config"),
+        "config": ("configs/digits_vp.py:uniform", "a config"),
         "recipes": ("noise,centre", "recipes that are compared with the base"),
         "base": ("", "the recipe to which all others are added"),
         "budgets": (",".join(BUDGETS), "evaluations, time, or both"),

@@ -1,6 +1,6 @@
 """How many steps of a sampler are enough? The table of docs/benchmarks/sampler_density.md.
 
-python benchmarks/sampler_density.py [--workdir=runs/digits_vp]
+python benchmarks/sampler_density.py [--workdir=runs/digits_vp_uniform]
 python benchmarks/sampler_density.py --gaps
 python benchmarks/sampler_density.py --folds
 python benchmarks/sampler_density.py --coverage

@@ -37,7 +37,7 @@ def bits_per_dim(checkout: pathlib.Path, config: str, seed: int, workdir: pathli
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/digits_vp.py")
+    parser.add_argument("--config", default="configs/digits_vp.py:uniform")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--before", type=pathlib.Path, help="folder of a checkout of that version")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/seeds"))

@@ -1,4 +1,4 @@
-"""scikit-learn's 8x8 digits with the sub-VP SDE; all other settings are those of ``digits_vp.py``.
+"""scikit-learn's 8x8 digits with the sub-VP SDE; otherwise as ``digits_vp.py:uniform``.
 
 python -m sbml.main --config=configs/digits_subvp.py
 
@@ -17,7 +17,7 @@ DIGITS = pathlib.Path(__file__).with_name("digits_vp.py")
 
 
 def get_config() -> ConfigDict:
-    """The settings of ``digits_vp.py`` with the sub-VP SDE."""
-    config = runpy.run_path(str(DIGITS))["get_config"]()
+    """The settings of ``digits_vp.py:uniform`` with the sub-VP SDE."""
+    config = runpy.run_path(str(DIGITS))["get_config"]("uniform")
     config.sde.name = "subvp"
     return config

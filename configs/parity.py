@@ -36,6 +36,7 @@ def get_config(name: str = "cifar10_vp") -> ConfigDict:
     # needs a thousandth of the evaluations.
     config.eval.bound.update(times="iid", control=False, proposal_bins=0, n_times=1, sweeps=5)
     config.eval.ode.probes = 1
+    config.eval.dequantizers = ("uniform",)
     config.eval.max_images = WHOLE_BATCHES.get(config.data.source, 0)
     config.dequantizer.model.clipped = True
     return config

@@ -13,8 +13,9 @@ are compared, each of which adds one change to the one before it:
     levels       an integer denoiser instead of noise prediction
 
 on one axis at a time from the digits, the SDE VP and the network DDPM++ of
-``configs/digits_vp.py``: other budgets of steps, processes, data and networks. A *run* is one
-training with one seed; it is evaluated on the test images after each number of steps in ``STEPS``.
+``configs/digits_vp.py:uniform``: other budgets of steps, processes, data and networks. A *run* is
+one training with one seed; it is evaluated on the test images after each number of steps in
+``STEPS``.
 
 What is equal for all trainings of a comparison: the images, the network, the labels (log-SNR), the
 rows in a batch, the steps, the average of the parameters, and the draws of the evaluation. The
@@ -75,7 +76,7 @@ from sbml.statistics import intervals
 # The recipes (``experiments.grid``) of the four axes.
 SMALL = "model.num_res_blocks=1+training.log_every=50"
 DATA = {
-    "digits": ("digits_vp", ""),
+    "digits": ("digits_vp:uniform", ""),
     "fashion": ("fashion_mnist_vp", SMALL + "+eval.max_images=64"),
     "photos": ("photos_vp", SMALL + "+model.nf=8+eval.max_images=64"),
 }

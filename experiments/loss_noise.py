@@ -84,7 +84,7 @@ def draw(path: str | pathlib.Path) -> None:
     """Draw the figure for the digits and each SDE of NAMES."""
     figure, axes = figures.axes(len(NAMES))
     for axis, (name, label) in zip(axes, NAMES.items(), strict=True):
-        config = load("digits_vp")
+        config = load("digits_vp:uniform")
         config.sde.name = name
         experiment = Experiment(config)
         train = experiment.images("train")

@@ -10,6 +10,7 @@ import pytest
 import runs
 import tiny
 
+from configs import digits_vp
 from sbml.core import fingerprint
 from sbml.main import run_name
 from sbml.program.config import build
@@ -144,6 +145,17 @@ def test_best_recipes_are_integer_denoisers_with_their_own_decoder(name, network
         build.Experiment(config)
     with pytest.raises(ValueError, match="best:cifar: no such recipe; choose from cifar10, image"):
         get_config("cifar")
+
+
+def test_the_digits_have_the_dequantizer_that_fits_their_training() -> None:
+    for name, noise, eps in (("centre", "truncated_normal", 0.00297), ("uniform", "uniform", 1e-5)):
+        experiment = build.Experiment(digits_vp.get_config(name))
+        assert experiment.config.data.dequantization == name
+        assert experiment.config.eval.dequantizers == (noise,)
+        assert experiment.eval_eps == pytest.approx(eps, rel=1e-2)
+    assert digits_vp.get_config() == digits_vp.get_config("centre")
+    with pytest.raises(ValueError, match="digits_vp:none: choose from centre, uniform"):
+        digits_vp.get_config("none")
 
 
 def test_importance_sampling_names_the_proposal_of_times() -> None:

@@ -3,9 +3,9 @@
 python -m sbml.main --config=configs/photos_vp.py
 
 The images have the shape of CIFAR-10, and the network is reduced, so that a CPU can run everything
-that a model of CIFAR-10 would use. It trained for 20 minutes on two CPU cores, and evaluated 64 test
-crops in five minutes. By the ODE it reaches 3.606 bits/dim, 95% interval [3.277, 3.935], and by the
-bound 3.666. With Adam at the rate 2e-3 it reached 3.883 and 3.920.
+that a model of CIFAR-10 would use. It trained for 20 minutes on two CPU cores, and evaluated 64
+test crops in five minutes. By the ODE it reaches 3.606 bits/dim, 95% interval [3.277, 3.935], and
+by the bound 3.666. With Adam at the rate 2e-3 it reached 3.883 and 3.920.
 """
 
 from ml_collections import ConfigDict
